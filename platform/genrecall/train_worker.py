@@ -1,0 +1,328 @@
+"""The one place where Ray Train and DeepSpeed meet: start a worker group, step, checkpoint, resume, export.
+
+A training stage gives `fit` a module-level loop that takes only JSON. Inside the loop a `TrainWorker` wraps the model and its
+loss function in a DeepSpeed engine. Checkpoints lie in the stage's work folder; a rerun of the same stage (same config, same
+parents) goes on from the last one, because batches are drawn from (seed, step, rank) and hold no iterator state.
+
+ZeRO stages 0 to 2 are offered. Stage 3 is not: the decoder reads its output head level by level, outside the `forward` calls
+whose hooks gather stage 3's shards, and the models here are far below the size that would need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Ray turns token authentication on by itself once a token exists; saying so keeps driver, workers and command line agreed.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray Train's own log lines are written for its developers; ours say what a person waiting wants to know.
+os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+import ray
+import torch
+from ray import train as ray_train
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor, nn
+
+from genrecall.device import default_device, default_dtype
+from genrecall.storage import Stage
+from genrecall.tracking import MetricLog
+
+logger = logging.getLogger(__name__)
+
+_LOCAL_OBJECT_STORE_BYTES = 1 << 30
+_STATE = "state.json"
+
+
+class TrainingError(RuntimeError):
+    """A training run that did not finish; the message says where its checkpoint lies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How training is spread over the cluster. Not part of any artifact's identity."""
+
+    num_workers: int = 1
+    cpus_per_worker: int = 2
+    use_gpu: bool = False
+    zero_stage: Literal[0, 1, 2] = 1
+    checkpoint_every_steps: int = 500
+    max_failures: int = 1
+    tracking_uri: str | None = None
+    tracking_run_id: str | None = None
+
+    def problems(self) -> list[str]:
+        found = [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("num_workers", "cpus_per_worker", "checkpoint_every_steps") if getattr(self, name) < 1]
+        if self.use_gpu and not torch.cuda.is_available():
+            found.append("use_gpu: no CUDA device is visible here; set train.use_gpu=false")
+        return found
+
+
+def ensure_ray(num_cpus: int | None = None) -> None:
+    """Connect to the cluster that the environment names (inside a Ray job, or `RAY_ADDRESS`), else start a local one.
+
+    The local one listens on loopback only and has a bounded object store; `num_cpus` sets its CPU count (default: the
+    machine's). Its dashboard stays on because Ray Train asks the dashboard's state API whether a run's controller still lives.
+    """
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True)
+        return
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        log_to_driver=True,
+        configure_logging=True,
+        logging_level=logging.WARNING,
+    )
+
+
+def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], *, name: str, stage: Stage, train: TrainSettings) -> Path:
+    """Run `loop` on a Ray Train worker group and return the local folder of the files its `finish` exported.
+
+    Args:
+        loop: a module-level function; gets `loop_config` plus what `TrainWorker` needs, all JSON.
+        name: shown in progress lines.
+        stage: the artifact being made; checkpoints go to its `work_uri`, and a rerun resumes from there.
+        train: worker count and resources.
+
+    Raises:
+        TrainingError: the workers failed more than `max_failures` times; the last checkpoint is kept.
+    """
+    ensure_ray()
+    needed = train.num_workers * train.cpus_per_worker
+    available = int(ray.cluster_resources().get("CPU", 0))
+    if needed > available:
+        raise TrainingError(
+            f"{name}: asks for {train.num_workers} workers x {train.cpus_per_worker} CPUs, the cluster has {available}; "
+            "lower train.num_workers or train.cpus_per_worker"
+        )
+    work_parent, _, work_name = stage.work_uri.rpartition("/")
+    if "://" not in work_parent:
+        Path(work_parent).mkdir(parents=True, exist_ok=True)
+    config = {**loop_config, "_worker": {"name": name, "train": json.loads(json.dumps(train.__dict__))}}
+    trainer = TorchTrainer(
+        functools.partial(_run_loop, loop),
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ray_train.ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+        ),
+        run_config=ray_train.RunConfig(
+            name=work_name,
+            storage_path=work_parent,
+            checkpoint_config=ray_train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray_train.FailureConfig(max_failures=train.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray_train.v2.api.exceptions.TrainingFailedError as error:
+        raise TrainingError(f"{name}: training failed; rerun the same job to go on from the last checkpoint in {stage.work_uri}: {error}") from error
+    if result.checkpoint is None:
+        raise TrainingError(f"{name}: the loop ended without TrainWorker.finish()")
+    if "://" in work_parent:
+        return Path(result.checkpoint.to_directory()) / "export"
+    return Path(result.checkpoint.path) / "export"
+
+
+def _run_loop(loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for noisy in ("DeepSpeed", "deepspeed", "ray.train", "ray._private", "numexpr"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not config["_worker"]["train"]["use_gpu"]:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(max(1, int(config["_worker"]["train"]["cpus_per_worker"])))
+    loop(config)
+
+
+def cosine_schedule(peak: float, *, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Learning rate by step: linear from 0 to `peak` over `warmup_steps`, then a cosine to a tenth of it at `total_steps`."""
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return peak * (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return peak * (0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    return rate
+
+
+class TrainWorker:
+    """One Ray Train worker's model, optimizer and checkpoints, on DeepSpeed.
+
+    Args:
+        model: trained in place; `worker.model` is the same object.
+        loss_fn: `loss_fn(model, *batch)` returns the scalar loss, or (loss, {metric: scalar tensor}). Must not keep state.
+        learning_rate: step -> learning rate.
+        weight_decay: AdamW's, on matrices only (vectors and scalars are not decayed).
+        gradient_clipping: largest gradient norm.
+        betas: AdamW's.
+        total_steps: for progress lines.
+        loop_config: what the loop received.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        *,
+        learning_rate: Callable[[int], float],
+        total_steps: int,
+        loop_config: Mapping[str, Any],
+        weight_decay: float = 0.0,
+        gradient_clipping: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+    ) -> None:
+        import deepspeed  # slow to import, and only workers need it
+
+        settings = loop_config["_worker"]["train"]
+        context = ray_train.get_context()
+        self.name = str(loop_config["_worker"]["name"])
+        self.rank = int(context.get_world_rank())
+        self.world_size = int(context.get_world_size())
+        self.device = default_device()
+        self.model = model.to(self.device)
+        self.total_steps = total_steps
+        self._learning_rate = learning_rate
+        self._checkpoint_every = int(settings["checkpoint_every_steps"])
+        self._step = 0
+        self._metric_log = MetricLog(settings["tracking_uri"], settings["tracking_run_id"]) if self.rank == 0 else None
+        self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
+        self._started = self._last_line = time.monotonic()
+        self._first_step = 0
+
+        dtype = default_dtype(self.device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate(0), betas=betas, fused=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it builds
+            self._engine, *_ = deepspeed.initialize(
+                model=_LossProgram(self.model, loss_fn),
+                optimizer=optimizer,
+                dist_init_required=False,
+                config={
+                    "train_micro_batch_size_per_gpu": 1,
+                    "gradient_accumulation_steps": 1,
+                    "gradient_clipping": gradient_clipping,
+                    "steps_per_print": 2**31,
+                    "zero_allow_untested_optimizer": True,
+                    "zero_optimization": {"stage": int(settings["zero_stage"])},
+                    "bf16": {"enabled": dtype is torch.bfloat16},
+                },
+            )
+
+    def resume(self) -> dict[str, Any]:
+        """The state given to the last `save` (with "step"), its weights, optimizer and RNG loaded; {} at a fresh start."""
+        checkpoint = ray_train.get_checkpoint()
+        if checkpoint is None:
+            return {}
+        with checkpoint.as_directory() as folder:
+            state: dict[str, Any] = json.loads((Path(folder) / _STATE).read_text())
+            # DeepSpeed checkpoints are torch files; this one was written by this very stage, under a name made of its config and parents.
+            self._engine.load_checkpoint(folder, tag="deepspeed")
+        self._step = self._first_step = int(state["step"])
+        if self.rank == 0:
+            logger.info("%s: resuming at step %d of %d", self.name, self._step, self.total_steps)
+        return state
+
+    def loss(self, *batch: Any) -> Any:
+        """`loss_fn(model, *batch)` through the engine."""
+        return self._engine(*batch)
+
+    def step(self, loss: Tensor) -> None:
+        """Backward pass, gradient reduction over the workers, clipping, one optimizer step at the schedule's rate."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self._step)
+        self._engine.backward(loss)
+        self._engine.step()
+        self._step += 1
+
+    def log(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
+        """Keep metrics of a step (rank 0); about every five seconds they go to MLflow and a progress line is printed."""
+        if self._metric_log is None:
+            return
+        now = time.monotonic()
+        self._pending.append((step, int(time.time() * 1000), {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}))
+        if now - self._last_line > 5.0 or step + 1 >= self.total_steps:
+            self._last_line = now
+            self._flush()
+            done = step + 1 - self._first_step
+            left_s = (now - self._started) / max(1, done) * (self.total_steps - step - 1)
+            values = "  ".join(f"{k} {float(v.detach() if isinstance(v, Tensor) else v):.4g}" for k, v in metrics.items())
+            logger.info("%s: step %d/%d  %s  (about %d s left)", self.name, step + 1, self.total_steps, values, left_s)
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint should follow this step."""
+        return (step + 1) % self._checkpoint_every == 0 and step + 1 < self.total_steps
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Store a checkpoint; every rank calls this. `state` is JSON and holds "step", the next step to run."""
+        self._report(state, export=None)
+
+    def finish(self, export: Callable[[Path], None], metrics: Mapping[str, float] | None = None) -> None:
+        """Store the last checkpoint with the files that `export(folder)` writes on rank 0; every rank calls this."""
+        if self._metric_log is not None:
+            self._flush()
+            if metrics:
+                self._metric_log.write([(self._step, int(time.time() * 1000), metrics)])
+        self._report({"step": self._step}, export=export)
+
+    def _flush(self) -> None:
+        assert self._metric_log is not None
+        kept = self._pending[:: max(1, len(self._pending) // 20)]  # at most about 20 points each flush
+        self._metric_log.write([(step, at, {k: float(v) for k, v in values.items()}) for step, at, values in kept])
+        self._pending = []
+
+    def _report(self, state: Mapping[str, Any], export: Callable[[Path], None] | None) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="genrecall-checkpoint-"))
+        try:
+            self._engine.save_checkpoint(str(folder), tag="deepspeed")
+            if self.rank == 0:
+                (folder / _STATE).write_text(json.dumps(dict(state)))
+                if export is not None:
+                    (folder / "export").mkdir()
+                    export(folder / "export")
+            ray_train.report({"step": float(state["step"])}, checkpoint=ray_train.Checkpoint.from_directory(str(folder)))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _LossProgram(nn.Module):
+    """Gives DeepSpeed a module whose forward is the whole loss, so that losses may call any method of the model."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._loss_fn = loss_fn
+
+    def forward(self, *batch: Any) -> Any:
+        return self._loss_fn(self.model, *batch)
