@@ -1,0 +1,400 @@
+"""Search, sampling and group scores against plain references and against transformers' generate."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, Qwen2ForCausalLM
+
+from genrecall.generator.decoding import SUPPORTS, DecodingError, PrefixMasks, beam_search, group_log_probs, sample_group
+from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.sid.trie import Trie
+
+CONFIG = DecoderConfig(
+    text_vocab_size=30,
+    level_sizes=(5, 4, 6),
+    groups=((0, 1), (3, 1), (3, 2)),
+    hidden_size=32,
+    num_layers=2,
+    intermediate_size=48,
+    soft_prompt_dim=8,
+    soft_prompt_tokens=2,
+    max_positions=64,
+)
+ALL_PATHS = np.array(list(itertools.product(*map(range, CONFIG.alphabet_sizes))), dtype=np.int32)
+ROWS = [[1, 2, 3], [4, 5, 6, 7, 8, 31], [9]]
+
+
+@functools.cache
+def decoder() -> Decoder:
+    model = Decoder(CONFIG, seed=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("tokens."):  # spread the logits, so that the order is not within rounding
+                parameter.mul_(6)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(9))
+    return model
+
+
+def trie_of(rows: Sequence[int]) -> Trie:
+    return Trie.from_tokens(ALL_PATHS[sorted(rows)], CONFIG.alphabet_sizes)
+
+
+@functools.cache
+def some_trie(size: int = 40) -> Trie:
+    return trie_of(np.random.default_rng(4).choice(len(ALL_PATHS), size, replace=False).tolist())
+
+
+def some_prompts(*, soft: bool = True) -> Prompts:
+    return Prompts.from_rows(ROWS, torch.randn(3, 8, generator=torch.Generator().manual_seed(7)) if soft else None)
+
+
+def paths_of(trie: Trie) -> Tensor:
+    return trie.tokens_of(torch.arange(len(trie)))
+
+
+def plain_log_prob(model: Decoder, prompts: Prompts, row: int, prefix: list[int], support: str, trie: Trie) -> Tensor:
+    """Next token's log-probabilities over its level's alphabet, from one unpadded sequence, without any cache."""
+    level = len(prefix)
+    single = prompts.take(slice(row, row + 1))
+    ids = [*single.token_ids[0, : int(single.lengths[0])].tolist(), *(offset + token for offset, token in zip(CONFIG.level_offsets, prefix, strict=False))]
+    embedded, _ = model.embed_prompts(Prompts(torch.tensor([ids]), torch.tensor([len(ids)]), single.soft))
+    logits = model.logits(model(embedded))[0, -1]
+    first = CONFIG.level_offsets[level]
+    if support == "full":
+        return logits.log_softmax(-1)[first : first + CONFIG.alphabet_sizes[level]]
+    logits = logits[first : first + CONFIG.alphabet_sizes[level]]
+    if support == "trie":
+        children = {path[level] for path in paths_of(trie).tolist() if path[:level] == prefix}
+        logits = logits.masked_fill(torch.tensor([token not in children for token in range(len(logits))]), -math.inf)
+    return logits.log_softmax(-1)
+
+
+def plain_beam_search(model: Decoder, prompts: Prompts, row: int, trie: Trie, beam_size: int, support: str) -> list[tuple[float, list[int]]]:
+    paths = paths_of(trie).tolist()
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for level in range(3):
+        grown = []
+        for score, prefix in beams:
+            log_probs = plain_log_prob(model, prompts, row, prefix, support, trie)
+            children = sorted({path[level] for path in paths if path[:level] == prefix})
+            grown += [(score + float(log_probs[token].detach()), [*prefix, token]) for token in children]
+        beams = sorted(grown, key=lambda beam: (-beam[0], beam[1]))[:beam_size]
+    return beams
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("soft", [True, False])
+def test_a_beam_that_covers_everything_finds_what_enumeration_finds(support: str, soft: bool) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts(soft=soft)
+    found = beam_search(model, prompts, trie, beam_size=45, support=support)
+    for row in range(3):
+        scores = [
+            sum(float(plain_log_prob(model, prompts, row, path[:level], support, trie)[path[level]].detach()) for level in range(3))
+            for path in paths_of(trie).tolist()
+        ]
+        order = sorted(range(len(scores)), key=lambda sid_row: -scores[sid_row])
+        assert found.sid_rows[row, :40].tolist() == order
+        torch.testing.assert_close(found.scores[row, :40], torch.tensor([scores[sid_row] for sid_row in order]), atol=1e-4, rtol=0)
+    assert torch.equal(found.tokens[:, :40], trie.tokens_of(found.sid_rows[:, :40]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.sets(st.integers(0, len(ALL_PATHS) - 1), min_size=1, max_size=30), beam_size=st.integers(1, 12), support=st.sampled_from(SUPPORTS))
+def test_search_equals_a_plain_one_at_any_beam_on_any_trie(rows: set[int], beam_size: int, support: str) -> None:
+    model, trie, prompts = decoder(), trie_of(list(rows)), some_prompts().take(slice(0, 2))
+    found = beam_search(model, prompts, trie, beam_size=beam_size, support=support)
+    assert found.sid_rows.shape == found.scores.shape == (2, beam_size)
+    for row in range(2):
+        expected = plain_beam_search(model, prompts, row, trie, beam_size, support)
+        assert found.tokens[row, : len(expected)].tolist() == [path for _, path in expected]
+        torch.testing.assert_close(found.scores[row, : len(expected)], torch.tensor([score for score, _ in expected]), atol=1e-4, rtol=0)
+        assert torch.equal(found.sid_rows[row, : len(expected)].long(), trie.find(found.tokens[row, : len(expected)]))
+        assert (found.sid_rows[row, len(expected) :] == -1).all()
+        assert (found.tokens[row, len(expected) :] == -1).all()
+        assert (found.scores[row, len(expected) :] == -math.inf).all()
+
+
+class TrieProcessor(LogitsProcessor):
+    """The constraint of a support, for `generate`, which hands over log-probabilities over the whole vocabulary."""
+
+    def __init__(self, trie: Trie, prompt_length: int, support: str) -> None:
+        self.paths, self.prompt_length, self.support = paths_of(trie).tolist(), prompt_length, support
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        level = input_ids.shape[1] - self.prompt_length
+        first, size = CONFIG.level_offsets[level], CONFIG.alphabet_sizes[level]
+        constrained = torch.full_like(scores, -math.inf)
+        for row, ids in enumerate(input_ids.tolist()):
+            prefix = [token - offset for token, offset in zip(ids[self.prompt_length :], CONFIG.level_offsets, strict=False)]
+            children = sorted({first + path[level] for path in self.paths if path[:level] == prefix})
+            if not children:
+                continue
+            over = {"full": scores[row], "level": scores[row, first : first + size], "trie": scores[row, children]}[self.support]
+            constrained[row, children] = scores[row, children] - over.logsumexp(-1)
+        return constrained
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_search_equals_transformers_generate_position_by_position(tmp_path: Path, support: str) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts(soft=False)
+    model.save_pretrained(tmp_path)
+    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for beam_size in (1, 4, 10):
+        found = beam_search(model, prompts, trie, beam_size=beam_size, support=support)
+        for row, ids in enumerate(ROWS):
+            generated = theirs.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                num_beams=beam_size,
+                num_return_sequences=beam_size,
+                max_new_tokens=3,
+                do_sample=False,
+                length_penalty=0.0,
+                eos_token_id=None,
+                pad_token_id=0,
+                logits_processor=LogitsProcessorList([TrieProcessor(trie, len(ids), support)]),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            tokens = generated.sequences[:, len(ids) :] - torch.tensor(CONFIG.level_offsets)
+            assert found.tokens[row].tolist() == tokens.tolist()
+            # One beam is greedy search there: it has no sequence scores, but the processor's output is log-probabilities all the same.
+            scores = generated.sequences_scores if beam_size > 1 else torch.stack([step.max(-1).values for step in generated.scores]).sum(0)
+            torch.testing.assert_close(found.scores[row], scores, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_batch_of_unequal_prompts_equals_single_searches(support: str) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    together = beam_search(model, prompts, trie, beam_size=7, support=support)
+    for row in range(3):
+        single = Prompts.from_rows([ROWS[row]], prompts.soft[row : row + 1])
+        alone = beam_search(model, single, trie, beam_size=7, support=support)
+        assert together.sid_rows[row].tolist() == alone.sid_rows[0].tolist()
+        torch.testing.assert_close(together.scores[row], alone.scores[0], atol=1e-5, rtol=0)
+
+
+def test_the_soft_prompt_changes_the_answer_of_its_row_only() -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    before = beam_search(model, prompts, trie, beam_size=5)
+    changed = Prompts(prompts.token_ids, prompts.lengths, prompts.soft.clone())
+    changed.soft[1] = -3 * changed.soft[1]
+    after = beam_search(model, changed, trie, beam_size=5)
+    torch.testing.assert_close(after.scores[[0, 2]], before.scores[[0, 2]], atol=1e-5, rtol=0)
+    assert (after.scores[1] - before.scores[1]).abs().max() > 1e-2
+
+
+def test_equal_scores_rank_by_smaller_sid_first() -> None:
+    model = Decoder(CONFIG, seed=0)
+    with torch.no_grad():
+        model.tokens.codes.zero_()
+        model.tokens.group_terms.zero_()
+    trie = some_trie()
+    # Every token has the same probability 1/5 * 1/4 * 1/9 = 1/180, so a beam of 6 keeps the first six prefixes of each level.
+    found = beam_search(model, some_prompts(), trie, beam_size=6)
+    assert found.sid_rows.tolist() == [[0, 1, 2, 3, 4, 5]] * 3
+    torch.testing.assert_close(found.scores, torch.full((3, 6), -math.log(180)))
+
+
+@settings(max_examples=15, deadline=None)
+@given(allowed=st.lists(st.sets(st.integers(0, 39), max_size=12), min_size=3, max_size=3), support=st.sampled_from(SUPPORTS))
+def test_a_filter_gives_the_enumeration_filtered(allowed: list[set[int]], support: str) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    everything = beam_search(model, prompts, trie, beam_size=40, support=support)
+    leaves = torch.zeros(3, len(trie), dtype=torch.bool)
+    for row, sids in enumerate(allowed):
+        leaves[row, list(sids)] = True
+    found = beam_search(model, prompts, trie, beam_size=40, support=support, allowed=PrefixMasks.from_leaves(trie, leaves))
+    for row, sids in enumerate(allowed):
+        expected = [(sid, score) for sid, score in zip(everything.sid_rows[row].tolist(), everything.scores[row].tolist(), strict=True) if sid in sids]
+        assert found.sid_rows[row].tolist() == [sid for sid, _ in expected] + [-1] * (40 - len(expected))
+        torch.testing.assert_close(found.scores[row, : len(expected)], torch.tensor([score for _, score in expected]))
+
+
+def test_a_beam_whose_children_are_all_barred_dies() -> None:
+    model = decoder()
+    trie = Trie.from_tokens(np.array([[0, 0, 0], [0, 1, 1], [2, 3, 4]], dtype=np.int32), CONFIG.alphabet_sizes)
+    # The prefixes stay open, only the two leaves under token 0 are barred: with one beam for token 0 nothing else remains.
+    leaves = torch.tensor([[False, False, True]])
+    open_prefixes = PrefixMasks(torch.ones(1, 5, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool), leaves)
+    found = beam_search(model, some_prompts(), trie, beam_size=3, allowed=open_prefixes)
+    assert found.sid_rows.tolist() == [[2, -1, -1]] * 3
+    assert found.tokens[:, 1:].eq(-1).all()
+    nothing = PrefixMasks.from_leaves(trie, torch.zeros(1, 3, dtype=torch.bool))
+    for support in SUPPORTS:
+        assert beam_search(model, some_prompts(), trie, beam_size=2, support=support, allowed=nothing).sid_rows.eq(-1).all()
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_a_search_and_a_sample_never_wait_for_data(support: str) -> None:
+    # On the meta device tensors have shapes and no values, so anything that reads a value fails.
+    model = copy.deepcopy(decoder()).to("meta")
+    trie, prompts = some_trie().to("meta"), some_prompts().to("meta")
+    masks = PrefixMasks.from_leaves(trie, torch.ones(3, 40, dtype=torch.bool, device="meta"))
+    assert beam_search(model, prompts, trie, beam_size=7, support=support, allowed=masks).sid_rows.shape == (3, 7)
+    if support != "full":
+        assert sample_group(model, prompts, trie, group_size=2, support=support, uniforms=torch.zeros(3, 2, 3, device="meta")).tokens.shape == (3, 2, 3)
+
+
+def test_prefix_masks_allow_exactly_the_prefixes_of_allowed_leaves() -> None:
+    trie = Trie.from_tokens(np.array([[0, 0, 0], [0, 1, 1], [0, 1, 3], [2, 3, 4]], dtype=np.int32), CONFIG.alphabet_sizes)
+    masks = PrefixMasks.from_leaves(trie, torch.tensor([[False, False, True, False], [False, False, False, True]]))
+    assert masks.nodes2.tolist() == [[False, True, False], [False, False, True]]
+    assert masks.level1.tolist() == [[True, False, False, False, False], [False, False, True, False, False]]
+
+
+def full_sequences(model: Decoder, prompts: Prompts, tokens: Tensor, support: str, trie: Trie, temperature: float = 1.0) -> Tensor:
+    rows = []
+    for row, group in enumerate(tokens.tolist()):
+        for path in group:
+            for level in range(3):
+                log_probs = plain_log_prob(model, prompts, row, path[:level], support, trie)
+                rows.append((log_probs / temperature).log_softmax(-1)[path[level]] if temperature != 1 else log_probs[path[level]])
+    return torch.stack(rows).view(tokens.shape)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_group_log_probs_and_their_gradients_equal_full_sequences(support: str) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    tokens = paths_of(trie)[torch.randint(0, 40, (3, 4), generator=torch.Generator().manual_seed(1))]
+    weights = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))
+
+    def gradients(log_probs: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        (log_probs * weights).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    packed = group_log_probs(model, prompts, tokens, support=support, trie=trie)
+    expected = full_sequences(model, prompts, tokens, support, trie)
+    torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
+    packed_gradients, expected_gradients = gradients(packed), gradients(expected)
+    assert packed_gradients.keys() == expected_gradients.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_masked_tokens_count_nothing_and_pass_no_gradient() -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
+    masked = tokens.clone()
+    masked[0, 1] = -1
+    masked[1, 0, 1] = -1  # what follows is masked too
+    for support in SUPPORTS:
+        whole = group_log_probs(model, prompts, tokens, support=support, trie=trie)
+        part = group_log_probs(model, prompts, masked, support=support, trie=trie)
+        kept = torch.ones(3, 2, 3, dtype=torch.bool)
+        kept[0, 1] = False
+        kept[1, 0, 1:] = False
+        torch.testing.assert_close(part, whole * kept)
+    model.zero_grad()
+    group_log_probs(model, prompts, torch.full((3, 2, 3), -1), support="trie", trie=trie).sum().backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("support", ["level", "trie"])
+def test_level_distributions_sum_to_one_and_hold_the_log_probs(support: str) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
+    scored = group_log_probs(model, prompts, tokens, support=support, trie=trie, return_level_log_probs=True)
+    assert [tuple(level.shape) for level in scored.levels] == [(3, 1, 5), (3, 2, 4), (3, 2, 9)]
+    for level, log_probs in enumerate(scored.levels):
+        torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(log_probs.shape[:2]))
+        picked = log_probs.expand(3, 2, -1).gather(-1, tokens[..., level : level + 1])[..., 0]
+        torch.testing.assert_close(picked, scored.log_probs[..., level])
+    torch.testing.assert_close(scored.log_probs, group_log_probs(model, prompts, tokens, support=support, trie=trie))
+
+
+@pytest.mark.parametrize("support", ["level", "trie"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_carry_the_log_probs_that_the_update_computes(support: str, temperature: float) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    drawn = sample_group(model, prompts, trie, group_size=16, support=support, generator=torch.Generator().manual_seed(0), temperature=temperature)
+    again = group_log_probs(model, prompts, drawn.tokens, support=support, trie=trie, temperature=temperature)
+    torch.testing.assert_close(drawn.log_probs, again, atol=1e-5, rtol=1e-5)
+    assert torch.equal(drawn.sid_rows.long(), trie.find(drawn.tokens))
+    assert (drawn.sid_rows >= 0).all() == (support == "trie")
+
+
+def test_a_temperature_divides_the_logits() -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
+    torch.testing.assert_close(
+        group_log_probs(model, prompts, tokens, temperature=0.5), full_sequences(model, prompts, tokens, "level", trie, temperature=0.5), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("support", ["level", "trie"])
+def test_samples_follow_the_distribution(support: str) -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts().take(slice(0, 1))
+    draws = 20_000
+    drawn = sample_group(model, prompts, trie, group_size=draws, support=support, generator=torch.Generator().manual_seed(3))
+    everything = beam_search(model, prompts, trie, beam_size=40, support=support)
+    counts = torch.bincount(drawn.sid_rows[0][drawn.sid_rows[0] >= 0].long(), minlength=40)[everything.sid_rows[0].long()]
+    expected = everything.scores[0].exp() * draws
+    frequent = expected > 20
+    assert frequent.sum() >= 5
+    chi_square = float(((counts - expected)[frequent] ** 2 / expected[frequent]).sum())
+    degrees = int(frequent.sum())
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees)
+
+
+def test_samples_are_a_function_of_the_uniforms_whatever_the_batch() -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    uniforms = torch.rand(3, 8, 3, generator=torch.Generator().manual_seed(5))
+    together = sample_group(model, prompts, trie, group_size=8, uniforms=uniforms)
+    for row in range(3):
+        alone = sample_group(model, Prompts.from_rows([ROWS[row]], prompts.soft[row : row + 1]), trie, group_size=8, uniforms=uniforms[row : row + 1])
+        assert torch.equal(together.tokens[row], alone.tokens[0])
+    lowest = sample_group(model, prompts, trie, group_size=1, support="trie", uniforms=torch.zeros(3, 1, 3))
+    assert lowest.sid_rows.eq(0).all()  # the inverse of a cumulative distribution at 0 is its first possible value
+    highest = sample_group(model, prompts, trie, group_size=1, support="trie", uniforms=torch.full((3, 1, 3), 1 - 2**-24))
+    assert (highest.sid_rows >= 0).all()
+
+
+def test_what_cannot_be_decoded_is_refused() -> None:
+    model, trie, prompts = decoder(), some_trie(), some_prompts()
+    tokens = paths_of(trie)[torch.zeros(3, 1, dtype=torch.int64)]
+    with pytest.raises(DecodingError, match="beam_size: expected at least 1, got 0"):
+        beam_search(model, prompts, trie, beam_size=0)
+    with pytest.raises(DecodingError, match="support: expected one of 'level', 'trie', 'full', got 'text'"):
+        beam_search(model, prompts, trie, beam_size=1, support="text")
+    with pytest.raises(DecodingError, match=r"alphabets \(5, 4, 8\) are not the decoder's \(5, 4, 9\)"):
+        beam_search(model, prompts, Trie.from_tokens(ALL_PATHS[:1], (5, 4, 8)), beam_size=1)
+    with pytest.raises(DecodingError, match="lies on meta, the decoder on cpu"):
+        beam_search(model, prompts, trie.to("meta"), beam_size=1)
+    ones = functools.partial(torch.ones, dtype=torch.bool)
+    short = PrefixMasks(ones(1, 5), ones(1, len(trie.tokens2)), ones(2, 40))
+    with pytest.raises(DecodingError, match=r"allowed.leaves: expected bool \[3 or 1, 40\], got torch.bool \[2, 40\]"):
+        beam_search(model, prompts, trie, beam_size=1, allowed=short)
+    with pytest.raises(DecodingError, match="samples are drawn from 'level' or 'trie'"):
+        sample_group(model, prompts, trie, group_size=1, support="full", uniforms=torch.zeros(3, 1, 3))
+    with pytest.raises(DecodingError, match="group_size: expected at least 1"):
+        sample_group(model, prompts, trie, group_size=0, uniforms=torch.zeros(3, 0, 3))
+    with pytest.raises(DecodingError, match="give either uniforms"):
+        sample_group(model, prompts, trie, group_size=1)
+    with pytest.raises(DecodingError, match=r"uniforms: expected shape \[3, 2, 3\], got \[3, 1, 3\]"):
+        sample_group(model, prompts, trie, group_size=2, uniforms=torch.zeros(3, 1, 3))
+    with pytest.raises(DecodingError, match="temperature: expected a positive number, got 0"):
+        sample_group(model, prompts, trie, group_size=1, uniforms=torch.zeros(3, 1, 3), temperature=0)
+    with pytest.raises(DecodingError, match=r"tokens: expected shape \[3, G, 3\]"):
+        group_log_probs(model, prompts, tokens[:2])
+    with pytest.raises(DecodingError, match=r"out of its alphabet; expected below \(5, 4, 9\)"):
+        group_log_probs(model, prompts, torch.full((3, 1, 3), 5))
+    with pytest.raises(DecodingError, match="support 'trie' needs a trie"):
+        group_log_probs(model, prompts, tokens, support="trie")
+    outside = next(path for path in ALL_PATHS.tolist() if path not in paths_of(trie).tolist() and path[:2] == paths_of(trie)[0, :2].tolist())
+    with pytest.raises(DecodingError, match=r"tokens: \[2, 0\] = .* leaves the trie at level 3"):
+        group_log_probs(model, prompts, torch.cat((tokens[:2], torch.tensor([[outside]]))), support="trie", trie=trie)
