@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401, I001 - before Ray
+
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +40,108 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`untrained_line(seed=0, recall=0.5)` is a bundle of 40 items whose decoder never trained: real artifacts, made in a second, no Ray.
+
+    Bundles of different seeds answer differently. `untrained_line.parts(...)` are the artifacts that it is made of.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    from genrecall.data.schema import ITEMS, REQUESTS
+    from genrecall.encoders.text_encoder import load_encoder, save_towers
+    from genrecall.encoders.towers import NgramTowers
+    from genrecall.generator.examples import PromptBuilder
+    from genrecall.generator.model import Decoder, DecoderConfig
+    from genrecall.generator.tokenizer import QueryTokenizer
+    from genrecall.quantization.residual_quantizer import FrozenQuantizer
+    from genrecall.registry.bundle import BundleConfig, build_bundle
+    from genrecall.sid.build import SidIndexConfig, build_sid_index
+    from genrecall.sid.index import load_sid_table
+    from genrecall.storage import Artifact, Stage
+
+    root = tmp_path_factory.mktemp("untrained_line")
+    things = ("angle bracket", "garden hose", "shower faucet", "deck screw", "<b>bold</b> lamp")
+    titles = [f"{colour} {thing}" for thing in things for colour in ("steel", "red", "blue", "small", "large", "long", "short", "white")]
+    queries = ["angle bracket", "hose for the garden", "faucet", ""]
+
+    def made(kind: str, name: str, fill: Callable[[Path, dict[str, int]], None], *, seed: int = 0, **parents: Artifact) -> Artifact:
+        config = BundleConfig(seed=seed)
+        stage = Stage(kind=kind, uri=str(root / name), config=config, algorithm_version=1, parents=parents, seed=seed, job=f"make_{kind}")
+        if done := stage.current():
+            return done
+        with stage.write() as draft:
+            fill(draft.path, draft.row_counts)
+        return stage.open()
+
+    def fill_dataset(folder: Path, counts: dict[str, int]) -> None:
+        items = [
+            {"item_id": f"i{row:02d}", "title": title, "category_path": ["Home", things[row // 8]], "brand": "Acme", "text": "sturdy", "price": float(row)}
+            for row, title in enumerate(titles)
+        ]
+        lists = {"exposed": ["i00", "i01"], "grades": [None, None], "clicked": ["i00"], "purchased": [], "history": []}
+        requests = [{"request_id": f"r{row}", "sequence": row, "query": query, **lists} for row, query in enumerate(queries)]
+        for name, rows, schema in (("items", items, ITEMS), *((f"requests/{split}", requests, REQUESTS) for split in ("train", "validation"))):
+            (folder / name).mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / name / "part-0.parquet")
+
+    dataset = made("dataset", "dataset", fill_dataset)
+    torch.manual_seed(0)
+    encoder = made("encoder", "encoder", lambda folder, _: save_towers(NgramTowers(dim=16, hidden=16, num_buckets=512), folder), dataset=dataset)
+    books = [torch.randn(size, 16) / 4 for size in (4, 3, 3)]
+
+    def fill_quantizer(folder: Path, counts: dict[str, int]) -> None:
+        frozen = FrozenQuantizer(None, books, None, input_dim=16)
+        frozen.save(folder)
+        codes, residuals = frozen.place(load_encoder(encoder.path).encode_items(titles), [()] * len(titles))
+        np.save(folder / "codes.npy", codes)
+        np.save(folder / "residuals.npy", residuals.astype(np.float16))
+
+    quantizer = made("quantizer", "quantizer", fill_quantizer, dataset=dataset, encoder=encoder)
+    sid_index = build_sid_index(SidIndexConfig(max_items_per_sid=5), dataset=dataset, quantizer=quantizer, uri=str(root / "sid_index"))
+    space = load_sid_table(sid_index.path).space
+
+    def fill_generator(folder: Path, counts: dict[str, int]) -> None:
+        seed = int(folder.name.split(".")[1].removeprefix("generator"))
+        tokenizer = QueryTokenizer.train(titles + queries, 300, genders=["f", "m"], age_bands=["18-24"])
+        config = DecoderConfig(
+            text_vocab_size=tokenizer.vocab_size,
+            level_sizes=space.level_sizes,
+            groups=space.groups,
+            hidden_size=32,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=48,
+            soft_prompt_dim=16,
+            max_positions=128,
+        )
+        (folder / "stage3").mkdir()
+        Decoder(config, seed=seed).save_pretrained(folder / "stage3")
+        PromptBuilder(tokenizer, config.level_offsets, max_history=4).save(folder)
+        (folder / "training.json").write_text(json.dumps({"support": "level"}))
+
+    def parts(seed: int = 0, recall: float = 0.5) -> dict[str, Any]:
+        inputs = {"dataset": dataset, "encoder": encoder, "sid_index": sid_index}
+        generator = made("generator", f"generator{seed}", fill_generator, seed=seed, **inputs)
+        record = {"table": "channels", "dataset": "toy", "row": "generative", "metric": "recall@100", "slice": "", "n": 4}
+        metrics = {"dataset": "toy", "dataset_hash": dataset.hash, "records": [record | {"value": recall, "low": recall - 0.01, "high": recall + 0.01}]}
+        evaluation = made(
+            "evaluation",
+            f"evaluation{seed}-{recall}",
+            lambda folder, _: (folder / "metrics.json").write_text(json.dumps(metrics)) and None,
+            **inputs,
+            generator=generator,
+        )
+        return {**inputs, "quantizer": quantizer, "generator": generator, "evaluation": evaluation, "aligned": None}
+
+    def bundle(seed: int = 0, recall: float = 0.5) -> Artifact:
+        return build_bundle(BundleConfig(warm_up_beam_size=5), **parts(seed, recall), uri=str(root / f"bundle{seed}-{recall}"))
+
+    bundle.parts = parts  # type: ignore[attr-defined]
+    return bundle

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow.entities import Metric
@@ -56,6 +58,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def metric_name(name: str) -> str:
+    """`name` as MLflow allows it: `clk@10` becomes `clk_at_10`, other signs underscores."""
+    return re.sub(r"[^\w .:/-]", "_", name.replace("@", "_at_"))
+
+
 class MetricLog:
     """Writes metrics of one run from any process, in batches; does nothing without a run id."""
 
@@ -67,6 +74,6 @@ class MetricLog:
         """Write `(step, time in ms, {name: value})` records."""
         if self._client is None or not records:
             return
-        metrics = [Metric(name, value, time_ms, step) for step, time_ms, values in records for name, value in values.items()]
+        metrics = [Metric(metric_name(name), value, time_ms, step) for step, time_ms, values in records for name, value in values.items()]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])

@@ -10,6 +10,8 @@ whose hooks gather stage 3's shards, and the models here are far below the size 
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401, I001 - before Ray
+
 import contextlib
 import functools
 import io
@@ -25,16 +27,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-# Ray turns token authentication on by itself once a token exists; saying so keeps driver, workers and command line agreed.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray Train's own log lines are written for its developers; ours say what a person waiting wants to know.
-os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 import ray
 import torch
@@ -94,8 +86,8 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         dashboard_host="127.0.0.1",
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         log_to_driver=True,
-        configure_logging=True,
         logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": "genrecall.ray_environment.quiet_worker"},
     )
 
 
@@ -151,10 +143,11 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
 
 
 def _run_loop(loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    ours = logging.getLogger("genrecall")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("DeepSpeed", "deepspeed", "ray.train", "ray._private", "numexpr"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     if not config["_worker"]["train"]["use_gpu"]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(max(1, int(config["_worker"]["train"]["cpus_per_worker"])))

@@ -1,0 +1,45 @@
+"""Place items that came after training: gives each a published SID through the bundle's own encoder and codebooks (Ray Data).
+
+    python jobs/assign_items.py --recipe home_depot --items new_items.jsonl --output assigned/
+
+Reads Parquet, JSONL or CSV with at least `item_id` and `title`. Writes `placed.parquet` (item_id, sid, sid_row, quantization_error,
+known) and `rejected.parquet`. The SIDs are those of the champion, or of the version that --model names.
+"""
+
+import sys
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+from genrecall.data.schema import DataError
+from genrecall.pipeline import command_line
+from genrecall.registry.bundle import BundleError
+from genrecall.registry.item_placement import assign_items
+from genrecall.registry.versions import RegistryError, fetch_bundle, resolve
+from genrecall.storage import ArtifactError, open_artifact
+
+
+def main() -> None:
+    """Assign SIDs to the given items."""
+    pipeline, arguments = command_line(
+        __doc__ or "",
+        extra={
+            "--items": {"required": True, "help": "file, folder or glob of new items"},
+            "--output": {"required": True, "help": "folder for the result; must not exist"},
+            "--model": {"help": "models:/NAME@ALIAS or models:/NAME/NUMBER (default: the recipe's champion)"},
+        },
+    )
+    try:
+        client = MlflowClient()
+        version = resolve(arguments.model or f"models:/{pipeline.recipe.registered_name}@champion", client)
+        bundle = open_artifact(str(fetch_bundle(version, client)), kind="bundle")
+        summary = assign_items(bundle, arguments.items, Path(arguments.output), category_separator=pipeline.recipe.data.category_separator)
+    except (RegistryError, BundleError, ArtifactError, DataError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"model: {version.text}")
+    print("\n".join(summary.lines()))
+
+
+if __name__ == "__main__":
+    main()

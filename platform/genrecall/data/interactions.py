@@ -1,0 +1,141 @@
+"""The requests of one split in memory, with items as catalogue rows, and what training reads off them: pairs and popularity.
+
+Shapes: R requests; a ragged column is a list of R int32 arrays of item rows (views into one flat array). "clicked" includes
+what was put in the cart or bought. `times` are microseconds since 1970 UTC, or the source's sequence numbers where it has no time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from genrecall.data.catalog import Catalog
+from genrecall.data.schema import REQUESTS, SPLITS, DataError
+from genrecall.storage import Artifact
+
+CLICK_WEIGHT = 1.0
+PURCHASE_WEIGHT = 2.0
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests ordered by time, then request id; every column has R entries.
+
+    Attributes:
+        user_ids, genders, age_bands: None where unknown.
+        times: int64.
+        exposed: item rows in page order, whatever was clicked included. grades: float32 beside it, nan where not judged.
+        clicked, purchased: item rows in the order of the first click or purchase.
+        history: item rows clicked or bought by the shopper before this request, oldest first.
+    """
+
+    request_ids: list[str]
+    user_ids: list[str | None]
+    queries: list[str]
+    genders: list[str | None]
+    age_bands: list[str | None]
+    times: np.ndarray
+    exposed: list[np.ndarray]
+    clicked: list[np.ndarray]
+    purchased: list[np.ndarray]
+    history: list[np.ndarray]
+    grades: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Requests:
+        """The requests at `indices` (int [n]), in that order."""
+        chosen = [int(index) for index in indices]
+        columns = {name: [column[index] for index in chosen] for name, column in vars(self).items() if name != "times"}
+        return Requests(times=self.times[np.asarray(chosen, dtype=np.int64)], **columns)
+
+
+def load_requests(dataset: Artifact, split: str, catalog: Catalog) -> Requests:
+    """Read the requests of one split ("train", "validation" or "test").
+
+    Raises:
+        ValueError: an unknown split.
+        DataError: a request names an item that the catalogue lacks.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    table = pq.read_table(dataset.file(f"requests/{split}"), schema=REQUESTS)
+    times = pc.coalesce(table["timestamp"].cast(pa.int64()), table["sequence"])
+    order = pc.sort_indices(pa.table({"time": times, "id": table["request_id"]}), sort_keys=[("time", "ascending"), ("id", "ascending")])
+    table = table.take(order).combine_chunks()
+    items = {name: _item_rows(table[name], catalog, f"{dataset.uri}/requests/{split}: {name}") for name in ("exposed", "clicked", "purchased", "history")}
+    grades = _flat(table["grades"])
+    return Requests(
+        request_ids=table["request_id"].to_pylist(),
+        user_ids=table["user_id"].to_pylist(),
+        queries=table["query"].to_pylist(),
+        genders=table["gender"].to_pylist(),
+        age_bands=table["age_band"].to_pylist(),
+        times=np.asarray(times.take(order).to_numpy(), dtype=np.int64),
+        grades=_pieces(pc.fill_null(grades[0], np.float32("nan")).to_numpy(zero_copy_only=False).astype(np.float32, copy=False), grades[1]),
+        **items,
+    )
+
+
+def query_item_pairs(requests: Requests) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The clicked or bought items of each request.
+
+    Returns:
+        request index int32 [P], item row int32 [P], weight float32 [P] (1 for a click, 2 for a purchase), in request order.
+    """
+    owner, rows = _flatten(requests.clicked)
+    bought_owner, bought_rows = _flatten(requests.purchased)
+    width = int(max(rows.max(initial=0), bought_rows.max(initial=0))) + 1
+    bought = np.isin(owner.astype(np.int64) * width + rows, bought_owner.astype(np.int64) * width + bought_rows)
+    return owner, rows, np.where(bought, PURCHASE_WEIGHT, CLICK_WEIGHT).astype(np.float32)
+
+
+def popularity(requests: Requests, num_items: int) -> np.ndarray:
+    """Clicks plus purchases of each item: float64 [N]; call it with training requests only."""
+    _, clicked = _flatten(requests.clicked)
+    _, purchased = _flatten(requests.purchased)
+    return (np.bincount(clicked, minlength=num_items) + np.bincount(purchased, minlength=num_items)).astype(np.float64)
+
+
+def known_at_split(catalog: Catalog, requests: Requests) -> np.ndarray:
+    """bool [N]: items not first seen after the last of `requests` (give it the training ones); all of them where the catalogue has no dates."""
+    dated = ~np.isnat(catalog.first_seen)
+    if not dated.any() or not len(requests):
+        return np.ones(len(catalog), dtype=bool)
+    known = ~dated | (catalog.first_seen.astype("datetime64[us]").astype(np.int64) <= int(requests.times.max()))
+    # Requests ordered by a sequence number instead of a time say nothing about dates.
+    return known if known.any() else np.ones(len(catalog), dtype=bool)
+
+
+def _item_rows(column: pa.ChunkedArray, catalog: Catalog, where: str) -> list[np.ndarray]:
+    values, offsets = _flat(column)
+    rows = catalog.rows_of(values)
+    if (unknown := np.flatnonzero(rows < 0)).size:
+        raise DataError(f"{where}: item {values[int(unknown[0])].as_py()!r} is not in the catalogue; rerun jobs/prepare_data.py with --force")
+    return _pieces(rows, offsets)
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """The values of a list column end to end, and int64 [R + 1] offsets into them."""
+    lengths = np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
+    values = pc.list_flatten(column)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return values.combine_chunks(), offsets
+
+
+def _pieces(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
+    return [values[start:end] for start, end in itertools.pairwise(offsets)]
+
+
+def _flatten(ragged: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter((len(rows) for rows in ragged), dtype=np.int64, count=len(ragged))
+    rows = np.concatenate(ragged) if ragged else np.zeros(0, dtype=np.int32)
+    return np.repeat(np.arange(len(ragged), dtype=np.int32), lengths), rows.astype(np.int32, copy=False)

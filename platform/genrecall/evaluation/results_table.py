@@ -1,0 +1,158 @@
+"""The results as aligned text for a terminal: channels, variants, gains with intervals, and one sentence on what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from genrecall.evaluation.records import Record, find
+
+CHANNEL_NAMES = {
+    "bm25": "BM25",
+    "dense": "dense two-tower",
+    "popularity": "popularity",
+    "generative": "generative (ours)",
+    "rrf_bm25_dense": "RRF of BM25 + dense",
+    "rrf_all": "RRF of BM25 + dense + generative",
+}
+CHANNEL_METRICS = ("recall@10", "recall@100", "hit@10", "marginal@100")
+VARIANT_METRICS = ("clk@1", "clk@10", "clk@100", "hit@items10", "hit@items100")
+_VARIANT_NAMES = {
+    "cqsid": "CQ-SID",
+    "rqvae": "RQ-VAE",
+    "rqkmeans": "RQ-KMeans",
+    "cqsid_without_category": "CQ-SID without category",
+    "cqsid_without_query": "CQ-SID without query",
+    "cqsid_aligned": "CQ-SID + EG-GRPO",
+}
+_ABSENT = "n/a"
+
+
+def results_table(metrics: Mapping[str, Any]) -> str:
+    """The main results of an evaluation's `metrics.json` as text of at most 120 columns."""
+    counts = metrics["counts"]
+    head = (
+        f"{metrics['dataset']}: {counts['headline_requests']:,} of {counts['test_requests']:,} test requests, {counts['items']:,} items, "
+        f"split {metrics['split'].replace('_', ' ')}, {metrics['query_kind']} queries"
+    )
+    parts = [head, _channels(metrics)]
+    for table, about in (("semantic", "SID variants, query alone"), ("personalised", "SID variants, query and shopper")):
+        block = _variants(metrics, table, about)
+        if block:
+            parts.append(block)
+    gains = _gain_lines(metrics)
+    if gains:
+        parts.append("\n".join(["Paired gains (95 % interval)", *gains]))
+    return "\n\n".join([*parts, meaning(metrics)])
+
+
+def row_name(row: str) -> str:
+    """A row's name as people read it."""
+    return CHANNEL_NAMES.get(row) or _VARIANT_NAMES.get(row) or row
+
+
+def rows_of(metrics: Mapping[str, Any], table: str) -> list[str]:
+    """Rows of a table, as people expect them: channels in a fixed order, variants with the main one last."""
+    rows = list(dict.fromkeys(record["row"] for record in metrics["records"] if record["table"] == table and not record["slice"]))
+    if table == "channels":
+        return [row for row in CHANNEL_NAMES if row in rows] + [row for row in rows if row not in CHANNEL_NAMES]
+    return sorted(
+        rows, key=lambda row: (row.startswith(metrics["main"]) and row in (metrics["main"], metrics["served"]), row == metrics["served"] != metrics["main"])
+    )
+
+
+def show(record: Record | None, *, interval: bool = False) -> str:
+    """A share as `.123`, with its interval when asked; `n/a` where there is none."""
+    if record is None or record["value"] is None:
+        return _ABSENT
+    text = _share(record["value"])
+    return f"{text} ({_share(record['low'])}-{_share(record['high'])})" if interval and record["low"] is not None else text
+
+
+def show_gain(record: Record | None) -> str:
+    """A relative gain as `+3.1 % (+1.0 to +5.2)`."""
+    if record is None or record["value"] is None:
+        return _ABSENT
+    bounds = "" if record["low"] is None else f" ({100 * record['low']:+.1f} to {100 * record['high']:+.1f})"
+    return f"{100 * record['value']:+.1f} %{bounds}"
+
+
+def meaning(metrics: Mapping[str, Any]) -> str:
+    """One sentence: what the channel adds to the site's other channels."""
+    gain = find(metrics, "channels", "rrf_all", "recall@100_gain_vs_rrf_bm25_dense")
+    new = find(metrics, "channels", "generative", "missed_found@100")
+    found = (
+        f" Of the targets that BM25, dense and their hybrid miss, it finds {100 * new['value']:.1f} %." if new is not None and new["value"] is not None else ""
+    )
+    if gain is None or gain["value"] is None or gain["low"] is None:
+        return "What it means: the hybrid with our channel was not measured against the one without." + found
+    if gain["low"] > 0:
+        verdict = f"adding the generative channel to BM25 + dense raises recall@100 by {show_gain(gain)}: ahead, the interval lies above zero."
+    elif gain["high"] is not None and gain["high"] < 0:
+        verdict = f"adding the generative channel to BM25 + dense lowers recall@100, by {show_gain(gain)}: do not ship this version."
+    else:
+        verdict = f"adding the generative channel to BM25 + dense changes recall@100 by {show_gain(gain)}: no gain is proven, the interval holds zero."
+    return "What it means: " + verdict + found
+
+
+def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[Record]]]:
+    """The gains worth showing: (table, row, base, records)."""
+    wanted: list[tuple[str, str, str, tuple[str, ...]]] = [
+        ("channels", "rrf_all", "rrf_bm25_dense", ("recall@10", "recall@100")),
+        ("channels", "generative", "dense", ("recall@10", "recall@100")),
+    ]
+    main, served = metrics["main"], metrics["served"]
+    for table in ("semantic", "personalised"):
+        wanted.append((table, main, "rqvae", ("clk@1", "clk@10", "clk@100", "hit@items100")))
+    if served != main:
+        wanted.append(("personalised", served, main, ("clk@1", "clk@10", "pvr@10")))
+    found = []
+    for table, row, base, names in wanted:
+        records = [find(metrics, table, row, f"{name}_gain_vs_{base}") for name in names]
+        present = [record for record in records if record is not None and record["value"] is not None]
+        if present:
+            found.append((table, row, base, present))
+    return found
+
+
+def _channels(metrics: Mapping[str, Any]) -> str:
+    rows = [
+        [row_name(row), *(show(find(metrics, "channels", row, name), interval=name in ("recall@10", "recall@100")) for name in CHANNEL_METRICS)]
+        for row in rows_of(metrics, "channels")
+    ]
+    for row in rows:
+        row[-1] = "" if row[-1] == _ABSENT and row[0] != CHANNEL_NAMES["generative"] else row[-1]
+    return _aligned(["Recall channels", *CHANNEL_METRICS], rows)
+
+
+def _variants(metrics: Mapping[str, Any], table: str, about: str) -> str:
+    rows = []
+    for row in rows_of(metrics, table):
+        size = find(metrics, table, row, "items_per_sid") or find(metrics, table, metrics["main"], "items_per_sid")
+        values = [show(find(metrics, table, row, name)) for name in VARIANT_METRICS]
+        rows.append([row_name(row), _ABSENT if size is None else f"{size['value']:.1f}", *values])
+    return _aligned([about, "items/SID", *VARIANT_METRICS], rows) if rows else ""
+
+
+def _gain_lines(metrics: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for table, row, base, records in gain_records(metrics):
+        values = "   ".join(f"{record['metric'].split('_gain')[0]} {show_gain(record)}" for record in records)
+        where = "" if table == "channels" else f" ({table})"
+        lines.append(f"  {row_name(row)} over {row_name(base)}{where}:\n      {values}")
+    return lines
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in table
+    ]
+    return "\n".join([lines[0], "-" * max(len(line) for line in lines), *lines[1:]])
+
+
+def _share(value: float) -> str:
+    text = f"{value:.3f}"
+    return text[1:] if text.startswith("0.") else text

@@ -1,0 +1,201 @@
+"""Requests to items: prompts, constrained beam search, expansion of the SIDs through the index. The same code evaluates and serves.
+
+An item's score is the log-probability of its SID; inside a SID the index's order holds. Nothing here trains.
+Shapes: R requests, S SIDs, m items of one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from genrecall.device import default_device
+from genrecall.encoders.text_encoder import TextEncoder, load_encoder
+from genrecall.generator.decoding import Support, beam_search
+from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.model import Decoder, Prompts
+from genrecall.sid.index import SidIndex, load_index, load_sid_table, load_trie
+from genrecall.sid.semantic_id import SidTable
+from genrecall.sid.trie import Trie
+
+MAX_BATCH = 256
+"""Requests decoded together; more are cut into batches of this size."""
+
+
+class RetrieverError(ValueError):
+    """Parts that do not belong together, or a request that cannot be answered."""
+
+
+@dataclass(frozen=True)
+class RecallResult:
+    """The answer to one request, best first.
+
+    Attributes:
+        item_rows: int32 [m].
+        sid_rows: int32 [m], the SID that each item came from.
+        scores: float32 [m], the SID's natural-log probability: never increasing, equal within a SID.
+    """
+
+    item_rows: np.ndarray
+    sid_rows: np.ndarray
+    scores: np.ndarray
+
+
+class Retriever:
+    """One generator with its trie, index and encoder.
+
+    Args:
+        model: the decoder, on the device it shall run on.
+        prompt_builder: as at training.
+        trie, index, table: of one `sid_index` artifact.
+        encoder: its query vectors become soft prompts and choose the related history; None is allowed where neither is used.
+        support: over what the probabilities of a level are normalised, see `decoding.beam_search`.
+
+    Raises:
+        RetrieverError: model, trie and table of different SID spaces, or no encoder where prompts need one.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompt_builder: PromptBuilder,
+        trie: Trie,
+        index: SidIndex,
+        table: SidTable,
+        encoder: TextEncoder | None,
+        *,
+        support: Support = "level",
+    ) -> None:
+        sizes = tuple(table.space.alphabet_sizes)
+        if tuple(model.config.alphabet_sizes) != sizes or tuple(trie.alphabet_sizes) != sizes or not len(trie) == len(index) == len(table):
+            raise RetrieverError(
+                f"generator {tuple(model.config.alphabet_sizes)}, trie {tuple(trie.alphabet_sizes)} with {len(trie)} SIDs, index with {len(index)} and table "
+                f"{sizes} with {len(table)} do not belong together; rerun jobs/train_generator.py on this sid_index"
+            )
+        if encoder is None and prompt_builder.soft_prompt:
+            raise RetrieverError("encoder: needed, because the generator was trained with soft prompts")
+        self.model = model.eval()
+        self.prompt_builder = prompt_builder
+        self.trie, self.index, self.table = trie, index, table
+        self.encoder = encoder
+        self.support = support
+
+    def prompts(
+        self,
+        queries: Sequence[str],
+        genders: Sequence[str | None],
+        age_bands: Sequence[str | None],
+        histories: Sequence[np.ndarray],
+        *,
+        personalised: bool = True,
+    ) -> Prompts:
+        """The prompts of R requests, on the CPU; arguments as for `generate`."""
+        builder = self.prompt_builder
+        with_history = personalised and builder.level1_centroids is not None and any(len(history) for history in histories)
+        vectors = None
+        if self.encoder is not None and (builder.soft_prompt or with_history):
+            vectors = self.encoder.encode_queries(queries)
+        if not personalised:
+            return builder.query_prompts(queries, vectors)
+        tokens = [self.table.tokens_of_items(self._known(history)) for history in histories]
+        return builder.request_prompts(queries, genders, age_bands, tokens, vectors)
+
+    def generate(
+        self,
+        queries: Sequence[str],
+        genders: Sequence[str | None],
+        age_bands: Sequence[str | None],
+        histories: Sequence[np.ndarray],
+        *,
+        beam_size: int,
+        personalised: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best SIDs of R requests.
+
+        Args:
+            queries: any text; an empty one is answered from the shopper alone, a long one is cut.
+            genders, age_bands: R values or None; a value unseen at training counts as unknown.
+            histories: R arrays int32 of item rows, oldest first; rows outside the catalogue (-1) are skipped.
+            beam_size: SIDs a request, at least 1.
+            personalised: False leaves the shopper out of the prompt.
+
+        Returns:
+            SID rows int32 [R, beam_size], best first, -1 where there are fewer valid SIDs; log-probabilities float32
+            [R, beam_size], -inf there.
+
+        Raises:
+            RetrieverError: `beam_size` below 1 or arguments of unequal length.
+        """
+        count = len(queries)
+        if beam_size < 1:
+            raise RetrieverError(f"beam_size: expected at least 1, got {beam_size}")
+        if {len(genders), len(age_bands), len(histories)} != {count}:
+            raise RetrieverError(f"expected {count} genders, age bands and histories, got {len(genders)}, {len(age_bands)} and {len(histories)}")
+        sid_rows = np.full((count, beam_size), -1, dtype=np.int32)
+        scores = np.full((count, beam_size), -np.inf, dtype=np.float32)
+        device = self.trie.device
+        for start in range(0, count, MAX_BATCH):
+            part = slice(start, min(start + MAX_BATCH, count))
+            prompts = self.prompts(queries[part], genders[part], age_bands[part], histories[part], personalised=personalised)
+            found = beam_search(self.model, prompts.to(device), self.trie, beam_size=beam_size, support=self.support)
+            width = found.sid_rows.shape[1]
+            sid_rows[part, :width] = found.sid_rows.cpu().numpy()
+            scores[part, :width] = found.scores.float().cpu().numpy()
+        return sid_rows, scores
+
+    def recall(
+        self,
+        queries: Sequence[str],
+        genders: Sequence[str | None],
+        age_bands: Sequence[str | None],
+        histories: Sequence[np.ndarray],
+        *,
+        beam_size: int,
+        limit: int,
+        personalised: bool = True,
+    ) -> list[RecallResult]:
+        """At most `limit` items for each request, from its best `beam_size` SIDs; arguments and errors as for `generate`."""
+        sid_rows, scores = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised)
+        return [self.expand(row, score, limit) for row, score in zip(sid_rows, scores, strict=True)]
+
+    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, limit: int) -> RecallResult:
+        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]."""
+        item_rows, rank = self.index.expand(sid_rows, limit)
+        return RecallResult(item_rows, sid_rows[rank], scores[rank])
+
+    def _known(self, history: np.ndarray) -> np.ndarray:
+        rows = np.asarray(history, dtype=np.int64)
+        return rows[(rows >= 0) & (rows < len(self.table.item_sid))]
+
+
+def load_retriever(
+    *,
+    generator_folder: Path,
+    stage: str | Path,
+    sid_index: Path,
+    encoder: Path,
+    support: Support = "level",
+    device: str | None = None,
+) -> Retriever:
+    """A retriever from artifact folders.
+
+    Args:
+        generator_folder: holds `tokenizer.json` and `prompts.json`.
+        stage: the name of a stage folder in it, e.g. `"stage3"`, or the path of one elsewhere (an aligned generator's `stage4`).
+        sid_index, encoder: folders of those artifacts.
+        support: as recorded by the stage that trained the generator.
+        device: default: the first CUDA device, else the CPU.
+
+    Raises:
+        RetrieverError: no such stage, or parts that do not belong together.
+    """
+    folder = generator_folder / stage
+    if not folder.is_dir():
+        raise RetrieverError(f"{folder}: no such stage; {generator_folder} holds {', '.join(sorted(p.name for p in generator_folder.iterdir() if p.is_dir()))}")
+    place = device or str(default_device())
+    model = Decoder.from_pretrained(folder).to(place)
+    builder = PromptBuilder.load(generator_folder)
+    return Retriever(model, builder, load_trie(sid_index, place), load_index(sid_index), load_sid_table(sid_index), load_encoder(encoder), support=support)

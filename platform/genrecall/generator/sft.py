@@ -1,0 +1,358 @@
+"""Supervised training of the generator: item -> SID, query -> SID, shopper + query -> SID, in one worker group.
+
+Source: CQ-SID (arXiv:2605.14434), stages 1 to 3 of the generator. Deviations: the softmax is over one level's codes, not the
+vocabulary; stage 1 also sees cheap texts of an item (corrupted titles, a few title words, brand and type) and stage 2 goes on
+seeing them, because real query logs cover few items; the frozen encoder's query vector stands in front as a soft prompt; a
+query's or request's several SIDs are scored in one pass that shares the prompt. The loss of an example is the mean over its
+sampled SIDs of -log p(SID | prompt); SIDs are sampled in proportion to graded feedback (a purchase weighs twice a click).
+
+Shapes: B batch rows, T targets, N items, S SIDs, R requests, U distinct texts, d encoder dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import fsspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from genrecall.config import from_dict, to_dict
+from genrecall.data.catalog import Catalog, load_catalog
+from genrecall.data.interactions import Requests, load_requests
+from genrecall.encoders.text_encoder import load_encoder
+from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.examples import Batches
+from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.tokenizer import QueryTokenizer
+from genrecall.generator.training_data import Validation, build_training_data, known_at_split, make_prompt_builder
+from genrecall.sid.index import load_sid_table, load_trie
+from genrecall.sid.semantic_id import SidTable
+from genrecall.storage import Artifact, Stage, open_artifact
+from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, fit
+
+logger = logging.getLogger(__name__)
+
+ALGORITHM_VERSION = 1
+SUPPORT: Final = "level"
+"""Over what a level's probabilities are normalised, at training, in search and in the bundle."""
+STAGES = ("stage1", "stage2", "stage3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Length, batch (rows over all workers) and peak learning rate of one stage."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 50
+
+    def problems(self) -> list[str]:
+        return [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("steps", "batch_size") if getattr(self, name) < 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The generator and its three supervised stages.
+
+    Args:
+        base_model: a Hugging Face Qwen2 folder to start from; its sizes and tokenizer replace `vocab_size` and the decoder's sizes.
+        soft_prompt: put the encoder's query vector in front of every prompt.
+        targets_per_query: SIDs sampled for an example in stages 2 and 3.
+        short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
+        stage2_item_fraction: share of stage-2 examples that are stage 1's.
+        stage3_query_fraction: share of stage-3 examples that are stage 2's.
+        corrupted_query_fraction: share of stage-2 query examples with words dropped or misspelt.
+        query_frequency_power: a query is drawn in proportion to its clicked requests to this power.
+        validation_requests: at most so many validation requests are decoded after each stage.
+    """
+
+    seed: int = 0
+    base_model: str | None = None
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    num_layers: int = 3
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    intermediate_size: int = 384
+    soft_prompt: bool = True
+    soft_prompt_tokens: int = 1
+    max_query_tokens: int = 24
+    max_title_tokens: int = 32
+    max_history: int = 8
+    related_codes: int = 8
+    targets_per_query: int = 3
+    short_text_share: float = 0.4
+    stage2_item_fraction: float = 0.3
+    stage3_query_fraction: float = 0.2
+    corrupted_query_fraction: float = 0.2
+    query_frequency_power: float = 0.75
+    weight_decay: float = 0.05
+    gradient_clipping: float = 1.0
+    stage1: StageConfig = StageConfig(steps=500, batch_size=128, learning_rate=2e-3)
+    stage2: StageConfig = StageConfig(steps=700, batch_size=128, learning_rate=1.5e-3)
+    stage3: StageConfig = StageConfig(steps=700, batch_size=64, learning_rate=7e-4)
+    validation_requests: int = 400
+
+    @property
+    def stages(self) -> tuple[StageConfig, StageConfig, StageConfig]:
+        return self.stage1, self.stage2, self.stage3
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name}: must be at least 1, got {getattr(self, name)}"
+            for name in ("targets_per_query", "related_codes", "max_query_tokens", "max_title_tokens")
+            if getattr(self, name) < 1
+        ]
+        found += [
+            f"{name}: must not be negative, got {getattr(self, name)}"
+            for name in ("max_history", "validation_requests", "query_frequency_power")
+            if getattr(self, name) < 0
+        ]
+        for name in ("short_text_share", "stage2_item_fraction", "stage3_query_fraction", "corrupted_query_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
+        if self.stage2_item_fraction == 1:
+            found.append("stage2_item_fraction: must be below 1, else stage 2 sees no query")
+        if self.stage3_query_fraction == 1:
+            found.append("stage3_query_fraction: must be below 1, else stage 3 sees no request")
+        if self.base_model is None:
+            found += self.decoder_config(self.vocab_size, None, 0).problems()
+        else:
+            sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+            defaults = GeneratorConfig.__dataclass_fields__
+            found += [
+                f"{name}: has no effect with base_model={self.base_model!r}, whose size counts; leave it out"
+                for name in sizes
+                if getattr(self, name) != defaults[name].default
+            ]
+        return found
+
+    def decoder_config(self, text_vocab_size: int, table: SidTable | None, soft_prompt_dim: int) -> DecoderConfig:
+        """The decoder trained from scratch (without SID levels where `table` is None)."""
+        return DecoderConfig(
+            text_vocab_size=text_vocab_size,
+            level_sizes=table.space.level_sizes if table else (0, 0, 0),
+            groups=table.space.groups if table else (),
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            intermediate_size=self.intermediate_size,
+            soft_prompt_dim=soft_prompt_dim if self.soft_prompt else 0,
+            soft_prompt_tokens=self.soft_prompt_tokens,
+            max_positions=self.soft_prompt_tokens + 3 + max(9 + 3 * self.max_history + self.max_query_tokens, 2 + self.max_title_tokens),
+        )
+
+
+def train_tokenizer(config: GeneratorConfig, catalog: Catalog, requests: Requests) -> QueryTokenizer:
+    """The text vocabulary, from the catalogue and the training requests (or `base_model`'s with our markers)."""
+    if config.base_model is not None:
+        return QueryTokenizer.from_pretrained(Path(config.base_model), genders=requests.genders, age_bands=requests.age_bands)
+    rows = np.flatnonzero(known_at_split(catalog, requests))
+    names = {name for row in rows for name in (catalog.brands[row], *catalog.category_paths[row])}
+    texts = [*(catalog.titles[row] for row in rows), *names, *requests.queries]
+    return QueryTokenizer.train(texts, config.vocab_size, genders=requests.genders, age_bands=requests.age_bands)
+
+
+def build_decoder(config: GeneratorConfig, tokenizer: QueryTokenizer, table: SidTable, soft_prompt_dim: int) -> Decoder:
+    """A fresh decoder, or the base model with rows for the SIDs.
+
+    Raises:
+        ValueError: the base model's embedding has no room for the markers.
+    """
+    if config.base_model is None:
+        return Decoder(config.decoder_config(tokenizer.vocab_size, table, soft_prompt_dim), seed=config.seed)
+    text_model = Decoder.from_pretrained(Path(config.base_model))
+    if text_model.config.text_vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"base_model={config.base_model!r}: its embedding has {text_model.config.text_vocab_size} rows, tokenizer and markers need {tokenizer.vocab_size}; "
+            "resize its embedding first"
+        )
+    return text_model.extend_for_sids(
+        table.space.level_sizes,
+        table.space.groups,
+        soft_prompt_dim=soft_prompt_dim if config.soft_prompt else 0,
+        soft_prompt_tokens=config.soft_prompt_tokens,
+        seed=config.seed,
+    )
+
+
+def sft_loss(model: Decoder, token_ids: Tensor, lengths: Tensor, soft: Tensor | None, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over examples and their targets of -log p(SID | prompt), natural log.
+
+    Args:
+        token_ids: int64 [B, L], lengths: int64 [B], soft: float32 [B, d] or None: see `Prompts`.
+        targets: int64 [B, T, 3], SID tokens.
+
+    Returns:
+        The loss, a scalar, and its three parts by level.
+    """
+    log_probs = group_log_probs(model, Prompts(token_ids, lengths, soft), targets, support=SUPPORT)
+    by_level = -log_probs.mean(dim=(0, 1))
+    return by_level.sum(), {f"loss_level{level + 1}": by_level[level] for level in range(3)}
+
+
+def learning_rate_schedule(stages: Sequence[StageConfig]) -> Callable[[int], float]:
+    """Each stage's own warm-up and cosine, one after the other."""
+    ends = np.cumsum([stage.steps for stage in stages]).tolist()
+    schedules = [cosine_schedule(stage.learning_rate, warmup_steps=min(stage.warmup_steps, stage.steps), total_steps=stage.steps) for stage in stages]
+
+    def rate(step: int) -> float:
+        at = min(int(np.searchsorted(ends, step, side="right")), len(stages) - 1)
+        return schedules[at](step - (ends[at] - stages[at].steps))
+
+    return rate
+
+
+def _loop(loop_config: dict[str, Any]) -> None:
+    """The worker: three stages, a folder of weights at the end of each."""
+    config = from_dict(GeneratorConfig, loop_config["config"])
+    dataset, encoder_artifact, sid_index = (open_artifact(loop_config[name]) for name in ("dataset", "encoder", "sid_index"))
+    catalog = load_catalog(dataset)
+    table = load_sid_table(sid_index.path)
+    encoder = load_encoder(encoder_artifact.path)
+    tokenizer = QueryTokenizer.from_json(loop_config["tokenizer"])
+    model = build_decoder(config, tokenizer, table, encoder.dim)
+    builder = make_prompt_builder(
+        config, tokenizer, model.config.level_offsets, table, np.load(encoder_artifact.file("item_embeddings.npy"), allow_pickle=False)
+    )
+    data = build_training_data(config, catalog, load_requests(dataset, "train", catalog), table, builder, encoder)
+    vectors = data.vectors if config.soft_prompt else None
+    runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]
+    worker = TrainWorker(
+        model,
+        sft_loss,
+        learning_rate=learning_rate_schedule([stage for _, stage, _ in runs]),
+        weight_decay=config.weight_decay,
+        gradient_clipping=config.gradient_clipping,
+        total_steps=sum(stage.steps for _, stage, _ in runs),
+        loop_config=loop_config,
+    )
+    trie = load_trie(sid_index.path, worker.device)
+    validation = (
+        Validation.build(builder, load_requests(dataset, "validation", catalog), config.validation_requests, table, encoder) if worker.rank == 0 else None
+    )
+    state = worker.resume()
+    step, record = int(state.get("step", 0)), list(state.get("stages", []))
+    begin = 0
+    for name, stage, examples in runs:
+        end = begin + stage.steps
+        if step < end:
+            batches = Batches(
+                examples,
+                batch_size=stage.batch_size,
+                targets=1 if name == "stage1" else config.targets_per_query,
+                seed=(config.seed, STAGES.index(name)),
+                rank=worker.rank,
+                world_size=worker.world_size,
+            )
+            started = time.monotonic()
+            for at in range(max(step, begin), end):
+                prompts, sids = batches.batch(at - begin, builder, vectors)
+                prompts = prompts.to(worker.device)
+                loss, parts = worker.loss(prompts.token_ids, prompts.lengths, prompts.soft, torch.from_numpy(data.sid_tokens[sids]).to(worker.device))
+                worker.step(loss)
+                worker.log(at, {f"{name}/loss": loss, **{f"{name}/{part}": value for part, value in parts.items()}})
+                if worker.checkpoint_due(at) and at + 1 < end:
+                    worker.save({"step": at + 1, "stages": record})
+            step = end
+            measured = {} if validation is None else validation.measure(model, builder, trie, personalised=name == "stage3", support=SUPPORT)
+            record.append(
+                {"stage": name, "steps": stage.steps, "examples": len(examples), "seconds": round(time.monotonic() - started, 1), "validation": measured}
+            )
+            worker.log(end - 1, {f"{name}/validation_{metric}": value for metric, value in measured.items()})
+            if end < worker.total_steps:
+                if worker.rank == 0:
+                    _upload_stage(model, f"{loop_config['stages_uri']}/{name}")
+                worker.save({"step": end, "stages": record})
+        begin = end
+
+    def export(folder: Path) -> None:
+        for name, _, _ in runs[:-1]:
+            _download_stage(f"{loop_config['stages_uri']}/{name}", folder / name)
+        model.save_pretrained(folder / runs[-1][0])
+        builder.save(folder)
+        (folder / "training.json").write_text(json.dumps({"support": SUPPORT, "stages": record}, indent=2))
+
+    final = record[-1]["validation"] if record else {}
+    worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()})
+
+
+def train_generator(
+    config: GeneratorConfig, *, dataset: Artifact, encoder: Artifact, sid_index: Artifact, uri: str, train: TrainSettings, force: bool = False
+) -> Artifact:
+    """Train the generator's stages 1 to 3 and write the `generator` artifact.
+
+    Stage 3 is a copy of stage 2 where no training request has a gender, an age band or a history; `training.json` says so.
+
+    Args:
+        dataset, encoder, sid_index: artifacts made from one another.
+        uri: where the artifact goes. train: workers and resources. force: train even if it is there.
+
+    Raises:
+        ConfigError: impossible settings. TrainingError: the workers failed. ValueError: nothing to learn from.
+    """
+    stage = Stage(
+        kind="generator",
+        uri=uri,
+        config=config,
+        algorithm_version=ALGORITHM_VERSION,
+        parents={"dataset": dataset, "encoder": encoder, "sid_index": sid_index},
+        seed=config.seed,
+        job="train_generator",
+    )
+    if done := stage.current(force=force):
+        return done
+    catalog = load_catalog(dataset)
+    tokenizer = train_tokenizer(config, catalog, load_requests(dataset, "train", catalog))
+    loop_config = {
+        "config": to_dict(config),
+        "dataset": dataset.uri,
+        "encoder": encoder.uri,
+        "sid_index": sid_index.uri,
+        "tokenizer": tokenizer.to_json(),
+        "stages_uri": f"{stage.work_uri}/stages",
+    }
+    exported = fit(_loop, loop_config, name="train_generator", stage=stage, train=train)
+    with stage.write() as draft:
+        shutil.copytree(exported, draft.path, dirs_exist_ok=True)
+        training = json.loads((draft.path / "training.json").read_text())
+        if not (draft.path / "stage3").exists():
+            reason = "no training request has a gender, an age band or a history: stage3 is a copy of stage2"
+            logger.warning("train_generator: %s; the stage3 and max_history settings have no effect", reason)
+            shutil.copytree(draft.path / "stage2", draft.path / "stage3")
+            training["stages"].append(
+                {"stage": "stage3", "steps": 0, "copy_of": "stage2", "reason": reason, "validation": training["stages"][-1]["validation"]}
+            )
+            (draft.path / "training.json").write_text(json.dumps(training, indent=2))
+        draft.row_counts.update({f"{entry['stage']}_examples": int(entry.get("examples", 0)) for entry in training["stages"]})
+    return stage.open()
+
+
+def _upload_stage(model: Decoder, uri: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(Path(name))
+        filesystem, root = fsspec.core.url_to_fs(uri)
+        filesystem.makedirs(root, exist_ok=True)
+        for file in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+            filesystem.put_file(str(file), f"{root}/{file.relative_to(name).as_posix()}")
+
+
+def _download_stage(uri: str, folder: Path) -> None:
+    filesystem, root = fsspec.core.url_to_fs(uri)
+    folder.mkdir(parents=True)
+    for file in filesystem.find(root):
+        target = folder / str(file)[len(root.rstrip("/")) :].lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        filesystem.get_file(file, str(target))

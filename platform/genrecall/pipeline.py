@@ -1,0 +1,236 @@
+"""The line: every stage of a recipe, in order, each skipped where its artifact already matches.
+
+    dataset -> encoder -> {variant}/quantizer -> {variant}/sid_index -> {variant}/generator -> ranker -> aligned -> evaluation -> bundle -> registry
+
+Artifacts lie under `GENRECALL_HOME/<recipe name>/`. A stage alone (`jobs/train_encoder.py`) finds its inputs there.
+"""
+
+from __future__ import annotations
+
+import genrecall.ray_environment  # noqa: F401, I001 - before Ray
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from genrecall.config import ConfigError, Places, apply_overrides, places, to_dict
+from genrecall.data.search_logs import prepare_data
+from genrecall.encoders.contrastive import train_encoder
+from genrecall.evaluation.offline import evaluate
+from genrecall.generator.sft import train_generator
+from genrecall.quantization.cq_sid import train_quantizer
+from genrecall.ranking.ranker import train_ranker
+from genrecall.recipes import MAIN_VARIANT, RECIPES, Recipe
+from genrecall.registry.bundle import build_bundle
+from genrecall.registry.promotion import promote, register
+from genrecall.registry.versions import Version
+from genrecall.rl.eg_grpo import align_generator
+from genrecall.sid.build import build_sid_index
+from genrecall.storage import Artifact, open_artifact, read_manifest
+from genrecall.tracking import metric_name, stage_run, use_tracking
+
+logger = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """The stages of one recipe over one home folder.
+
+    Args:
+        recipe: all configs.
+        where: home, data and tracking store.
+        force: redo stages even where their artifacts match.
+    """
+
+    def __init__(self, recipe: Recipe, where: Places, *, force: bool = False) -> None:
+        self.recipe = recipe
+        self.where = where
+        self.force = force
+        self.root = f"{where.home}/{recipe.name}"
+        self._total = 0
+        self._done = 0
+
+    def uri(self, name: str) -> str:
+        """Where the artifact `name`, e.g. `encoder` or `cqsid/generator`, lies."""
+        return f"{self.root}/{name}"
+
+    def existing(self, name: str) -> Artifact:
+        """An artifact that an earlier stage made.
+
+        Raises:
+            ArtifactError: it is not there or does not match its manifest.
+        """
+        return open_artifact(self.uri(name), kind=name.rpartition("/")[2])
+
+    def dataset(self) -> Artifact:
+        config = self.recipe.data
+        return self._stage("dataset", config, lambda run: prepare_data(config, uri=self.uri("dataset"), data_root=self.where.data, force=self.force))
+
+    def encoder(self) -> Artifact:
+        config, dataset = self.recipe.encoder, self.existing("dataset")
+        return self._stage("encoder", config, lambda run: train_encoder(config, dataset=dataset, uri=self.uri("encoder"), train=self._train(run), force=self.force))
+
+    def quantizer(self, variant: str = MAIN_VARIANT) -> Artifact:
+        name, config = f"{variant}/quantizer", self.recipe.quantizer_of(variant)
+        inputs = {"dataset": self.existing("dataset"), "encoder": self.existing("encoder")}
+        return self._stage(name, config, lambda run: train_quantizer(config, **inputs, uri=self.uri(name), train=self._train(run), force=self.force))
+
+    def sid_index(self, variant: str = MAIN_VARIANT) -> Artifact:
+        name, config = f"{variant}/sid_index", self.recipe.sid
+        inputs = {"dataset": self.existing("dataset"), "quantizer": self.existing(f"{variant}/quantizer")}
+        return self._stage(name, config, lambda run: build_sid_index(config, **inputs, uri=self.uri(name), force=self.force))
+
+    def generator(self, variant: str = MAIN_VARIANT) -> Artifact:
+        name, config = f"{variant}/generator", self.recipe.generator
+        inputs = {"dataset": self.existing("dataset"), "encoder": self.existing("encoder"), "sid_index": self.existing(f"{variant}/sid_index")}
+        return self._stage(name, config, lambda run: train_generator(config, **inputs, uri=self.uri(name), train=self._train(run), force=self.force))
+
+    def ranker(self) -> Artifact:
+        config = self.recipe.ranker
+        inputs = {"dataset": self.existing("dataset"), "encoder": self.existing("encoder")}
+        return self._stage("ranker", config, lambda run: train_ranker(config, **inputs, uri=self.uri("ranker"), force=self.force))
+
+    def aligned(self) -> Artifact | None:
+        if self.recipe.align is None:
+            return None
+        config = self.recipe.align
+        inputs = {name: self.existing(name) for name in ("dataset", "encoder", "ranker")}
+        inputs |= {name: self.existing(f"{MAIN_VARIANT}/{name}") for name in ("sid_index", "generator")}
+        return self._stage("aligned", config, lambda run: align_generator(config, **inputs, uri=self.uri("aligned"), train=self._train(run), force=self.force))
+
+    def evaluation(self) -> Artifact:
+        config = self.recipe.evaluation
+        variants = {name: {part: self.existing(f"{name}/{part}") for part in ("quantizer", "sid_index", "generator")} for name in self.recipe.variants}
+        return self._stage(
+            "evaluation",
+            config,
+            lambda run: evaluate(
+                config,
+                dataset=self.existing("dataset"),
+                encoder=self.existing("encoder"),
+                quantizers={name: parts["quantizer"] for name, parts in variants.items()},
+                sid_indexes={name: parts["sid_index"] for name, parts in variants.items()},
+                generators={name: parts["generator"] for name, parts in variants.items()},
+                ranker=self.existing("ranker"),
+                aligned=self._existing_aligned(),
+                uri=self.uri("evaluation"),
+                force=self.force,
+            ),
+        )
+
+    def bundle(self) -> Artifact:
+        config = self.recipe.bundle
+        inputs = {name: self.existing(name) for name in ("dataset", "encoder", "evaluation")}
+        inputs |= {name: self.existing(f"{MAIN_VARIANT}/{name}") for name in ("quantizer", "sid_index", "generator")}
+        return self._stage("bundle", config, lambda run: build_bundle(config, **inputs, aligned=self._existing_aligned(), uri=self.uri("bundle"), force=self.force))
+
+    def run_all(self) -> dict[str, Artifact]:
+        """Every stage in order; returns the artifacts by name."""
+        steps: list[tuple[str, Callable[[], Artifact | None]]] = [("dataset", self.dataset), ("encoder", self.encoder)]
+        for variant in self.recipe.variants:
+            steps += [(f"{variant}/{part}", lambda part=part, variant=variant: getattr(self, part)(variant)) for part in ("quantizer", "sid_index", "generator")]
+        steps += [("ranker", self.ranker), ("aligned", self.aligned), ("evaluation", self.evaluation), ("bundle", self.bundle)]
+        self._total = len(steps)
+        made: dict[str, Artifact] = {}
+        for self._done, (name, step) in enumerate(steps, start=1):
+            artifact = step()
+            if artifact is not None:
+                made[name] = artifact
+        return made
+
+    def _existing_aligned(self) -> Artifact | None:
+        return self.existing("aligned") if self.recipe.align is not None else None
+
+    def _train(self, run_id: str) -> Any:
+        return replace(self.recipe.train, tracking_uri=self.where.tracking_uri, tracking_run_id=run_id)
+
+    def _stage(self, name: str, config: Any, make: Callable[[str], Artifact]) -> Artifact:
+        """Run one stage inside its MLflow run and say how it went."""
+        before = read_manifest(self.uri(name))
+        started = time.monotonic()
+        place = f"[{self._done}/{self._total}] " if self._total else ""
+        logger.info("%s%s ...", place, name)
+        with stage_run(name, config, tags={"recipe": self.recipe.name}) as run_id:
+            artifact = make(run_id)
+            fresh = before is None or before["created"] != artifact.manifest["created"] or before["identity"] != artifact.manifest["identity"]
+            tag_stage(artifact, reused=not fresh)
+        if fresh:
+            logger.info("%s%s done in %.0f s: %s", place, name, time.monotonic() - started, artifact.uri)
+        else:
+            logger.info("%s%s is up to date: %s", place, name, artifact.uri)
+        return artifact
+
+
+def tag_stage(artifact: Artifact, *, reused: bool) -> None:
+    """Record in the active MLflow run what the stage made."""
+    import mlflow
+
+    mlflow.set_tags({"artifact.uri": artifact.uri, "artifact.hash": artifact.hash, "artifact.reused": str(reused).lower()})
+    mlflow.log_metrics({f"rows.{name}": float(count) for name, count in artifact.manifest["row_counts"].items()})
+
+
+def command_line(description: str, argv: list[str] | None = None, *, extra: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Pipeline, argparse.Namespace]:
+    """Parse a job's command line: `--recipe NAME [--force] [--print-config] key=value ...`.
+
+    Exits with status 2 and all problems where the configuration cannot be used, before Ray starts.
+
+    Args:
+        extra: further options of the job, name -> `add_argument` keywords.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="marketplace", help=f"one of {', '.join(RECIPES)} (default: marketplace)")
+    parser.add_argument("--force", action="store_true", help="redo the stage even where its artifact matches")
+    parser.add_argument("--print-config", action="store_true", help="print the whole configuration as JSON and stop")
+    for name, keywords in (extra or {}).items():
+        parser.add_argument(name, **keywords)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the recipe, e.g. generator.stage2.steps=200")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    try:
+        if arguments.recipe not in RECIPES:
+            raise ConfigError([f"--recipe: expected one of {', '.join(RECIPES)}, got {arguments.recipe!r}"])
+        recipe = apply_overrides(RECIPES[arguments.recipe](), arguments.overrides)
+        where = places()
+    except ConfigError as error:
+        parser.exit(2, f"{error}\n")
+    if arguments.print_config:
+        parser.exit(0, json.dumps(to_dict(recipe), indent=2) + "\n")
+    use_tracking(where)
+    return Pipeline(recipe, where, force=arguments.force), arguments
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own lines: libraries log warnings and errors only."""
+    for name in ("ray", "mlflow", "alembic", "matplotlib", "fontTools", "urllib3", "faiss", "faiss.loader", "bm25s", "fsspec", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that the registry shows beside a version: channels and the served variant, as `table/row/metric`."""
+    shown = ("channels", "personalised", "semantic")
+    return {
+        metric_name(f"{record['table']}/{record['row']}/{record['metric']}"): float(record["value"])
+        for record in metrics["records"]
+        if record["table"] in shown and not record["slice"] and record["value"] is not None
+    }
+
+
+def register_bundle(pipeline: Pipeline) -> Version:
+    """Register the line's bundle under the recipe's name, with the evaluation's headline metrics."""
+    metrics = headline_metrics(pipeline.existing("evaluation").json("metrics.json"))
+    return register(pipeline.existing("bundle"), pipeline.recipe.registered_name, metrics=metrics)
+
+
+def promote_if_it_passes(version: Version, recipe: Recipe) -> str:
+    """Promote a version through the recipe's gates and say in a line what came of it."""
+    report = promote(version, recipe.registry.gates)
+    if report.passed:
+        return "champion"
+    return "challenger; not promoted: " + "; ".join(report.reasons)

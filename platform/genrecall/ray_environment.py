@@ -1,0 +1,29 @@
+"""Ray's environment variables, set before Ray is first imported, because Ray reads them then.
+
+Token authentication is said explicitly: left unset, Ray turns it on by itself once a token exists, and driver, workers and command
+line may disagree. Whoever sets a variable before keeps it. Import this module first; it sets nothing once Ray is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+if "ray" not in sys.modules:
+    for _name, _value in {
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+        "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }.items():
+        os.environ.setdefault(_name, _value)
+
+
+def quiet_worker() -> None:
+    """Run in every worker process at its start: library lines from warnings up only; ours say what a person waiting wants to know."""
+    for name in ("ray", "ray.train", "DeepSpeed", "numexpr"):
+        logging.getLogger(name).setLevel(logging.WARNING)

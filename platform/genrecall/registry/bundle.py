@@ -1,0 +1,280 @@
+"""The bundle: everything that serving needs, in one folder, under one version.
+
+A bundle is an artifact of kind `bundle`. It is copied together from the artifacts of one line, and refuses parts that were
+not made from each other. Weights are safetensors, arrays npy, tables Parquet, the rest JSON; nothing is unpickled, and a file
+of any other kind is refused.
+
+    bundle.json            generator stage and support, where each part came from
+    generator/             tokenizer.json, prompts.json, stage/ (a Hugging Face Qwen2 folder with genrecall.json)
+    sid_index/             SID table, trie, SID -> items index
+    encoder/, quantizer/   to embed queries and to place new items
+    items.parquet          item_id, title, category_path, brand, price, sorted by item_id: position = item row
+    metrics.json           the evaluation the gates judged
+    warm_up.json           requests with the scores they must get: the last check before a server goes live
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+from genrecall.data.catalog import load_catalog
+from genrecall.data.interactions import load_requests
+from genrecall.generator.retriever import Retriever, load_retriever
+from genrecall.storage import Artifact, Stage, open_artifact
+
+ALGORITHM_VERSION = 1
+
+WARM_UP_TOLERANCE = 1e-3
+"""Largest difference of a SID's log-probability between the machine that built the bundle and the one that loads it."""
+
+_ALLOWED_SUFFIXES = frozenset({".json", ".safetensors", ".npy", ".parquet", ".txt"})
+_LEFT_OUT = frozenset({"manifest.json", "item_embeddings.npy", "codes.npy", "residuals.npy", "latents.npy", "training.json"})
+
+
+class BundleError(ValueError):
+    """A bundle whose parts do not belong together, or that answers otherwise than when it was built."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """What goes into the bundle beside the parts themselves."""
+
+    warm_up_requests: int = 16
+    warm_up_beam_size: int = 10
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        return [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("warm_up_requests", "warm_up_beam_size") if getattr(self, name) < 1]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle: the retriever and what answers show of an item.
+
+    Attributes:
+        artifact: the folder and its manifest.
+        retriever: generator, trie, index and encoder.
+        items: Arrow table of N rows sorted by item_id; the position is the item row. Columns: item_id, title, category_path, brand, price.
+        about: `bundle.json`. metrics: `metrics.json`.
+    """
+
+    artifact: Artifact
+    retriever: Retriever
+    items: pa.Table
+    about: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of what the bundle is."""
+        return self.artifact.hash
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        return self.items.column("item_id")
+
+    def rows_of(self, item_ids: Iterable[str]) -> np.ndarray:
+        """int32 item rows of ids, in their order; unknown ids are left out."""
+        # Binary search over the Arrow column: a dict of 2e7 ids would take gigabytes in every replica.
+        rows = ((one, bisect.bisect_left(self._ids, one, key=pa.Scalar.as_py)) for one in item_ids)
+        return np.asarray([row for one, row in rows if row < len(self._ids) and self._ids[row].as_py() == one], dtype=np.int32)
+
+    def ids_of(self, item_rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of item rows."""
+        return list(self._ids.take(pa.array(item_rows, pa.int32())).to_pylist())
+
+    def shown(self, item_rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """The columns of `items` for item rows, one dict each."""
+        return list(self.items.take(pa.array(item_rows, pa.int32())).to_pylist())
+
+
+def build_bundle(
+    config: BundleConfig,
+    *,
+    dataset: Artifact,
+    encoder: Artifact,
+    quantizer: Artifact,
+    sid_index: Artifact,
+    generator: Artifact,
+    aligned: Artifact | None,
+    evaluation: Artifact,
+    uri: str,
+    force: bool = False,
+) -> Artifact:
+    """Copy the parts of one line into a bundle at `uri`.
+
+    Raises:
+        BundleError: parts that were not made from each other, naming the job to rerun.
+    """
+    parts = {"dataset": dataset, "encoder": encoder, "quantizer": quantizer, "sid_index": sid_index, "generator": generator, "evaluation": evaluation}
+    if aligned is not None:
+        parts["aligned"] = aligned
+    check_lineage(parts)
+    stage = Stage(kind="bundle", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parts, seed=config.seed, job="register_model")
+    if done := stage.current(force=force):
+        return done
+    trained, model_folder = (aligned, aligned.file("stage4")) if aligned is not None else (generator, generator.file("stage3"))
+    with stage.write() as draft:
+        _copy(encoder.path, draft.path / "encoder")
+        _copy(quantizer.path, draft.path / "quantizer")
+        _copy(sid_index.path, draft.path / "sid_index")
+        (draft.path / "generator").mkdir()
+        for file in generator.path.iterdir():
+            if file.is_file() and _wanted(file):
+                shutil.copy2(file, draft.path / "generator" / file.name)
+        _copy(model_folder, draft.path / "generator" / "stage")
+        catalog = load_catalog(dataset)
+        pq.write_table(
+            pa.table(
+                {
+                    "item_id": pa.array(list(catalog.item_ids), pa.string()),
+                    "title": pa.array(catalog.titles, pa.string()),
+                    "category_path": pa.array([list(path) for path in catalog.category_paths], pa.list_(pa.string())),
+                    "brand": pa.array(catalog.brands, pa.string()),
+                    "price": pa.array(catalog.prices, pa.float64()),
+                }
+            ),
+            draft.path / "items.parquet",
+        )
+        shutil.copy2(evaluation.file("metrics.json"), draft.path / "metrics.json")
+        about = {
+            "stage": model_folder.name,
+            "support": trained.json("training.json")["support"],
+            "max_items_per_sid": int(sid_index.manifest["config"]["max_items_per_sid"]),
+            "parts": {name: part.hash for name, part in parts.items()},
+        }
+        (draft.path / "bundle.json").write_text(json.dumps(about, indent=2, sort_keys=True))
+        retriever = _retriever(draft.path, about["support"])
+        queries = [query for query in dict.fromkeys(load_requests(dataset, "validation", catalog).queries) if query][: config.warm_up_requests]
+        (draft.path / "warm_up.json").write_text(json.dumps(_warm_up(retriever, queries or [catalog.titles[0]], config.warm_up_beam_size), indent=1))
+        draft.row_counts |= {"items": len(catalog), "sids": len(retriever.table)}
+    return stage.open()
+
+
+def check_lineage(parts: Mapping[str, Artifact]) -> None:
+    """Check that every part was made from the very parts it stands beside, and that the evaluation judged the model that is served.
+
+    Raises:
+        BundleError: naming the first mismatch and the job to rerun.
+    """
+    for name, part in parts.items():
+        parents = part.manifest["parents"]
+        again = f"rerun jobs/{part.manifest['job']}.py, then register again"
+        for parent_name, parent in parents.items():
+            if parent_name in parts and parent["hash"] != parts[parent_name].hash:
+                raise BundleError(f"{name} ({part.uri}) was made from another {parent_name} than {parts[parent_name].uri}; {again}")
+        if name == "evaluation" and (unjudged := {"generator", "sid_index", "aligned"} & set(parts) - set(parents)):
+            raise BundleError(f"{name} ({part.uri}) did not judge {', '.join(sorted(unjudged))}; {again}")
+
+
+def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Load a bundle folder.
+
+    Args:
+        path: the folder (or object-store prefix) with its manifest.
+        verify: also run the warm-up requests and compare their scores.
+
+    Raises:
+        ArtifactError: a file missing or changed.
+        BundleError: a file of a kind that bundles never hold, or a warm-up answer that differs.
+    """
+    artifact = open_artifact(str(path), kind="bundle")
+    foreign = sorted(name for name in artifact.manifest["files"] if Path(name).suffix not in _ALLOWED_SUFFIXES)
+    if foreign:
+        raise BundleError(f"{path}: holds {', '.join(foreign)}; a bundle holds only {', '.join(sorted(_ALLOWED_SUFFIXES))} files. Nothing was loaded")
+    try:
+        about = artifact.json("bundle.json")
+        retriever = _retriever(artifact.path, about["support"])
+        items = pq.read_table(artifact.file("items.parquet")).combine_chunks()
+        metrics = artifact.json("metrics.json")
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{path}: cannot be loaded: {type(error).__name__}: {error}; rebuild it with jobs/register_model.py --force") from error
+    if len(items) != len(retriever.table.item_sid):
+        raise BundleError(
+            f"{path}: items.parquet has {len(items)} items, the SID table {len(retriever.table.item_sid)}; rebuild it with jobs/register_model.py --force"
+        )
+    ids = items.column("item_id")
+    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py() and len(ids) > 1:
+        raise BundleError(f"{path}: items.parquet is not sorted by item_id; rebuild it with jobs/register_model.py --force")
+    bundle = Bundle(artifact, retriever, items, about, metrics)
+    if verify:
+        verify_warm_up(bundle)
+    return bundle
+
+
+def verify_warm_up(bundle: Bundle) -> None:
+    """Answer the warm-up requests and compare the scores with those stored.
+
+    Raises:
+        BundleError: naming the first request that is answered otherwise.
+    """
+    stored = bundle.artifact.json("warm_up.json")
+    found = _warm_up(bundle.retriever, [one["query"] for one in stored["requests"]], stored["beam_size"])
+    for number, (expected, answer) in enumerate(zip(stored["requests"], found["requests"], strict=True)):
+        if _differs(expected, answer):
+            raise BundleError(
+                f"{bundle.artifact.uri}: warm-up request {number} gets {answer['sids'][:3]} with scores {answer['scores'][:3]}, stored are {expected['sids'][:3]} "
+                f"with {expected['scores'][:3]}; the libraries or the device here answer otherwise than those that built the bundle: "
+                "rebuild it here with jobs/register_model.py --force"
+            )
+
+
+def _differs(expected: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
+    """Whether two beams differ by more than rounding: scores by rank, and every SID that is not about to drop off the end."""
+    if len(expected["scores"]) != len(answer["scores"]) or not np.allclose(expected["scores"], answer["scores"], rtol=0, atol=WARM_UP_TOLERANCE):
+        return True
+    stored, found = dict(zip(expected["sids"], expected["scores"], strict=True)), dict(zip(answer["sids"], answer["scores"], strict=True))
+    last = min(expected["scores"], default=0.0)
+    return any(abs(stored.get(sid, last) - found.get(sid, last)) > 2 * WARM_UP_TOLERANCE for sid in stored.keys() | found.keys())
+
+
+def _retriever(folder: Path, support: str) -> Retriever:
+    return load_retriever(
+        generator_folder=folder / "generator",
+        stage="stage",
+        sid_index=folder / "sid_index",
+        encoder=folder / "encoder",
+        support=support,  # type: ignore[arg-type]
+    )
+
+
+def _warm_up(retriever: Retriever, queries: list[str], beam_size: int) -> dict[str, Any]:
+    nothing = [None] * len(queries)
+    no_history = [np.zeros(0, np.int32)] * len(queries)
+    sid_rows, scores = retriever.generate(queries, nothing, nothing, no_history, beam_size=beam_size)
+    return {
+        "beam_size": beam_size,
+        "requests": [
+            {
+                "query": query,
+                "sids": retriever.table.space.texts_of(retriever.table.tokens[row[row >= 0]]),
+                "scores": [round(float(score), 6) for sid, score in zip(row, score_row, strict=True) if sid >= 0],
+            }
+            for query, row, score_row in zip(queries, sid_rows, scores, strict=True)
+        ],
+    }
+
+
+def _wanted(file: Path) -> bool:
+    return file.suffix in _ALLOWED_SUFFIXES and file.name not in _LEFT_OUT
+
+
+def _copy(source: Path, target: Path) -> None:
+    for file in sorted(source.rglob("*")):
+        if file.is_file() and _wanted(file):
+            destination = target / file.relative_to(source)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, destination)

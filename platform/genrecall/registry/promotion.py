@@ -1,0 +1,135 @@
+"""Registering bundles as MLflow model versions, and moving `champion` and `challenger` only through the gates.
+
+A new version becomes `challenger`. `promote` reads the gates and moves `champion`; `rollback` moves it back to the version
+before: one alias each, nothing is copied.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from genrecall.evaluation.gates import GateConfig, GateReport, check_gates
+from genrecall.registry.versions import CHALLENGER, CHAMPION, MANIFEST_TAG, PROMOTED_AT_TAG, RegistryError, Version, fetch_bundle, is_address, resolve
+from genrecall.storage import MANIFEST, Artifact, open_artifact, sha256_of
+
+PREVIOUS_TAG = "genrecall.previous_champion"
+_PYFUNC_MODEL = Path(__file__).with_name("pyfunc_model.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryConfig:
+    """Under which name versions are registered, and what a champion must pass."""
+
+    model_name: str | None = None
+    gates: GateConfig = GateConfig()  # noqa: RUF009 - frozen
+
+    def problems(self) -> list[str]:
+        """What cannot be used."""
+        if self.model_name is None or is_address(f"models:/{self.model_name}@{CHAMPION}"):
+            return []
+        return [f"model_name: expected letters, digits, '.', '_', '-' and spaces, got {self.model_name!r}"]
+
+
+def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float]) -> Version:
+    """Register a bundle as the next version of `model_name` and give it the alias `challenger`.
+
+    A bundle that is registered already (same manifest) keeps its version and aliases. Runs inside the active MLflow run, else in one of its own.
+
+    Args:
+        metrics: the evaluation's headline numbers; linked to the logged model.
+    """
+    client = MlflowClient()
+    manifest_sha256 = sha256_of(bundle.path / MANIFEST)
+    for known in client.search_model_versions(f"name='{model_name}'"):
+        if known.tags.get(MANIFEST_TAG) == manifest_sha256:
+            return resolve(f"models:/{model_name}/{known.version}", client)
+    if mlflow.active_run() is None:
+        with mlflow.start_run(run_name="register_model"):
+            return register(bundle, model_name, metrics=metrics)
+    info = mlflow.pyfunc.log_model(
+        name="bundle",
+        python_model=str(_PYFUNC_MODEL),
+        artifacts={"bundle": str(bundle.path)},
+        pip_requirements=[],
+        registered_model_name=model_name,
+    )
+    mlflow.log_metrics(dict(metrics), model_id=info.model_id)
+    number = str(info.registered_model_version)
+    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)
+    client.set_registered_model_alias(model_name, CHALLENGER, number)
+    return resolve(f"models:/{model_name}/{number}", client)
+
+
+def promote(version: Version, gates: GateConfig) -> GateReport:
+    """Make `version` the champion if it passes the gates against the present one.
+
+    Returns:
+        What the gates found; the alias has moved exactly when `passed`.
+
+    Raises:
+        RegistryError, BundleError, ArtifactError: either version's bundle cannot be read.
+    """
+    client = MlflowClient()
+    champion = current_champion(version.name)
+    if champion is not None and champion.number == version.number:
+        return GateReport(passed=True, reasons=[f"{version.text} is the champion already"])
+    report = check_gates(_metrics(version, client), _metrics(champion, client) if champion else None, gates)
+    if report.passed:
+        if champion is not None:
+            client.set_model_version_tag(version.name, str(version.number), PREVIOUS_TAG, str(champion.number))
+        _set_champion(client, version)
+    return report
+
+
+def rollback(model_name: str) -> Version:
+    """Give `champion` back to the version that had it before.
+
+    Raises:
+        RegistryError: there is no champion, or none before it.
+    """
+    client = MlflowClient()
+    champion = current_champion(model_name)
+    if champion is None:
+        raise RegistryError(f"{model_name}: has no champion to roll back from")
+    previous = client.get_model_version(model_name, str(champion.number)).tags.get(PREVIOUS_TAG)
+    if not previous:
+        raise RegistryError(f"{model_name}: version {champion.number} was the first champion; there is nothing to roll back to")
+    target = resolve(f"models:/{model_name}/{previous}", client)
+    _set_champion(client, target)
+    return target
+
+
+def current_champion(model_name: str) -> Version | None:
+    """The version with the alias `champion`; None where no version has it.
+
+    Raises:
+        RegistryError: the champion was not registered by genrecall, so nothing can be compared with it.
+    """
+    client = MlflowClient()
+    try:
+        aliases = client.get_registered_model(model_name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return resolve(f"models:/{model_name}@{CHAMPION}", client) if CHAMPION in aliases else None
+
+
+def _set_champion(client: MlflowClient, version: Version) -> None:
+    client.set_registered_model_tag(version.name, PROMOTED_AT_TAG, datetime.datetime.now(datetime.UTC).isoformat())
+    client.set_registered_model_alias(version.name, CHAMPION, str(version.number))
+    aliases = client.get_registered_model(version.name).aliases
+    if str(aliases.get(CHALLENGER)) == str(version.number):
+        client.delete_registered_model_alias(version.name, CHALLENGER)
+
+
+def _metrics(version: Version, client: MlflowClient) -> dict[str, Any]:
+    return dict(open_artifact(str(fetch_bundle(version, client)), kind="bundle").json("metrics.json"))

@@ -1,0 +1,309 @@
+"""Stage 4 of the generator: EG-GRPO with a pool of rollout actors, a reward actor and a learner on Ray Train and DeepSpeed.
+
+Source: EG-GRPO (arXiv:2605.14434, section 3.4). The
+driver owns the actors; only their names enter the loop's configuration. Rank 0 hands out requests and shares rollouts and rewards with the
+other ranks, so all of them see the same health and stop together.
+
+With `max_staleness` 0 a step's groups come from the weights it updates. With s > 0 the groups of s more steps are under way meanwhile, made by
+weights up to s steps older; the clipped ratio corrects for it, and older ones are dropped and counted.
+
+Shapes: B requests of a step, G answers per request, T anchors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import genrecall.train_worker  # isort: skip  # noqa: F401 - sets how Ray authenticates, which Ray reads when it is imported
+import ray
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from genrecall.config import from_dict, to_dict
+from genrecall.data.catalog import load_catalog
+from genrecall.data.interactions import load_requests
+from genrecall.device import default_device
+from genrecall.encoders.text_encoder import load_encoder
+from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.model import Decoder, Prompts
+from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
+from genrecall.rl.experience import Experience, Experiences, reward_actor, rollout_actors, shared
+from genrecall.rl.experts import counter_uniforms, draw_weighted, tier_weights
+from genrecall.rl.feedback import Feedback, build_feedback
+from genrecall.rl.learner import RequestPrompts, alignment_loss, draw_requests, frequent_queries, rollout_health
+from genrecall.rl.policy_loss import decayed_expert_weight
+from genrecall.rl.rollout import weights_of
+from genrecall.rl.stop_rules import StopRules
+from genrecall.sid.index import load_sid_table, load_trie
+from genrecall.sid.trie import Trie
+from genrecall.storage import Artifact, Stage, open_artifact
+from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, ensure_ray, fit
+
+logger = logging.getLogger(__name__)
+
+ALGORITHM_VERSION = 1
+_ANCHOR_STREAM = 0xA9C4_0125
+_CHECKPOINT_EVERY = 50  # a step here costs far more than one of supervised training
+
+
+def align_generator(
+    config: AlignConfig,
+    *,
+    dataset: Artifact,
+    encoder: Artifact,
+    sid_index: Artifact,
+    generator: Artifact,
+    ranker: Artifact | None,
+    uri: str,
+    train: TrainSettings,
+    force: bool = False,
+) -> Artifact:
+    """Align a generator with feedback and ranking and write the `aligned` artifact: `stage4/`, `health.parquet`, `training.json`.
+
+    A run that breaks a stop rule ends early, keeps the weights of its last healthy step and says so in `training.json`. An
+    interrupted run goes on from its last checkpoint.
+
+    Args:
+        ranker: needed where the reward's mode is "ranker" or "mixed", else left out of the artifact's parents.
+        train: spread of the learner; it gets one CPU per worker, since rollouts and reward need the others.
+
+    Raises:
+        AlignError: no ranker where one is needed, no request with feedback, or a cluster that is too small.
+        TrainingError: the learner failed more often than allowed.
+        ActorPoolError: an actor cannot be kept alive.
+    """
+    if config.reward.needs_ranker and ranker is None:
+        raise AlignError(f"reward.mode={config.reward.mode!r} needs a ranker artifact; run jobs/train_ranker.py or set align.reward.mode=feedback")
+    parents = {"dataset": dataset, "encoder": encoder, "sid_index": sid_index, "generator": generator}
+    if config.reward.needs_ranker and ranker is not None:
+        parents["ranker"] = ranker
+    stage = Stage(kind="aligned", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parents, seed=config.seed, job="align_generator")
+    if done := stage.current(force=force):
+        return done
+    train = dataclasses.replace(train, cpus_per_worker=1, checkpoint_every_steps=min(train.checkpoint_every_steps, _CHECKPOINT_EVERY))
+    ensure_ray()
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    check_cluster(config, train, cluster)
+    prefix = f"genrecall-align-{uuid.uuid4().hex[:8]}"
+    loop_config: dict[str, Any] = {
+        "config": to_dict(config),
+        **{name: parent.uri for name, parent in parents.items()},
+        "namespace": ray.get_runtime_context().namespace,
+        "rollout_names": [f"{prefix}-rollout-{number}" for number in range(config.rollout_actors)],
+        "reward_name": f"{prefix}-reward",
+    }
+    actors = [*rollout_actors(config, loop_config), reward_actor(config, loop_config)]
+    try:
+        for actor in actors:  # they start up while the learner does
+            _ = actor.handle
+        exported = fit(align_loop, loop_config, name="align_generator", stage=stage, train=train)
+    finally:
+        for actor in actors:
+            actor.kill()
+    with stage.write() as draft:
+        shutil.copytree(exported, draft.path, dirs_exist_ok=True)
+        draft.row_counts["steps"] = int(json.loads((draft.path / "training.json").read_text())["steps_run"])
+    return stage.open()
+
+
+def align_loop(loop_config: dict[str, Any]) -> None:
+    """The learner's worker: experience, update, health, stop rules, checkpoints."""
+    config = from_dict(AlignConfig, loop_config["config"])
+    dataset, encoder_artifact, sid_index, generator = (open_artifact(loop_config[name]) for name in ("dataset", "encoder", "sid_index", "generator"))
+    catalog = load_catalog(dataset)
+    requests = load_requests(dataset, "train", catalog)
+    table = load_sid_table(sid_index.path)
+    feedback = build_feedback(requests, table.item_sid, len(table))
+    eligible = feedback.with_feedback()
+    if not len(eligible):
+        raise AlignError(f"{dataset.uri}: no training request has an exposed or clicked item with a SID, so there is no feedback to learn from")
+    encoder = load_encoder(encoder_artifact.path)
+    prompts = RequestPrompts(PromptBuilder.load(generator.path), table, encoder, requests)
+    head = frequent_queries(requests.queries)
+    stage_folder = generator.file(config.start_stage)
+    model, reference = Decoder.from_pretrained(stage_folder), Decoder.from_pretrained(stage_folder).eval()
+    trie = load_trie(sid_index.path, default_device()) if config.support == "trie" else None
+    updates = config.steps * config.updates_per_rollout
+    worker = TrainWorker(
+        model.eval(),
+        functools.partial(alignment_loss, objective=config.objective, support=config.support, trie=trie),
+        learning_rate=cosine_schedule(config.learning_rate, warmup_steps=config.warmup_steps, total_steps=updates),
+        weight_decay=config.weight_decay,
+        gradient_clipping=config.gradient_clipping,
+        total_steps=updates,
+        loop_config=loop_config,
+    )
+    reference.to(worker.device)
+    batch = _batch_size(config, len(eligible), worker.world_size, quiet=worker.rank > 0)
+    state = worker.resume()
+    first = int(state.get("rollout_step", 0))
+    rules = StopRules(config.stop, **state.get("rules", {}))
+    health: list[dict[str, float]] = list(state.get("health", []))
+    good_step, good_weights = first, weights_of(model)
+    experiences = Experiences(config, loop_config, prompts, feedback) if worker.rank == 0 else None
+    update = functools.partial(_update, config, worker, reference, trie, prompts, feedback, table.tokens)
+    reason: str | None = None
+    started, step = time.monotonic(), first
+    for step in range(first, config.steps):
+        experience = None
+        if experiences is not None:
+            experiences.publish(step, model)
+            while experiences.submitted <= min(config.max_staleness, config.steps - 1 - step):
+                ahead = step + experiences.submitted
+                experiences.submit(ahead, draw_requests(eligible, seed=config.seed, step=ahead, count=batch))
+            experience = experiences.collect(step)
+        if worker.world_size > 1:
+            experience = shared(experience, batch=batch, group=config.group_size, device=worker.device)
+        assert experience is not None
+        updating = time.monotonic()
+        parts = update(step, experience)
+        row = {
+            "step": float(step),
+            **rollout_health(experience.rollout, experience.rewards, head[experience.rollout.request_rows]),
+            **parts,
+            "staleness": float(step - experience.rollout.version),
+            "dropped_rollouts": float(experience.dropped),
+            "replaced_actors": float(experience.replaced),
+            "seconds_experience": experience.seconds,
+            "seconds_update": time.monotonic() - updating,
+        }
+        health.append(row)
+        worker.log((step + 1) * config.updates_per_rollout - 1, {name: value for name, value in row.items() if name != "step"})
+        reason = rules.observe(row)
+        if reason:
+            if worker.rank == 0:
+                logger.warning("align_generator: stopped at step %d: %s; keeping the weights of step %d", step + 1, reason, good_step)
+            break
+        if rules.healthy:
+            good_step, good_weights = step + 1, weights_of(model)
+            if worker.checkpoint_due(step):
+                worker.save({"step": (step + 1) * config.updates_per_rollout, "rollout_step": step + 1, "rules": rules.state(), "health": health})
+    if not reason and not rules.healthy:
+        reason = "the last steps broke a stop rule: " + ", ".join(rule for rule, count in rules.breaches.items() if count)
+
+    def export(folder: Path) -> None:
+        _load(model, good_weights)
+        model.save_pretrained(folder / "stage4")
+        pq.write_table(pa.Table.from_pylist(health), folder / "health.parquet")
+        facts = {
+            "support": config.support,
+            "start_stage": config.start_stage,
+            "steps_run": step + 1,
+            "kept_step": good_step,
+            "stopped": reason,
+            "seconds": round(time.monotonic() - started, 1),
+            "replaced_actors": int(health[-1]["replaced_actors"]),
+            "first": _mean_of(health[:5]),
+            "last": _mean_of(health[-5:]),
+        }
+        (folder / "training.json").write_text(json.dumps(facts, indent=2))
+
+    worker.finish(export, {f"final_{name}": value for name, value in _mean_of(health[-5:]).items() if np.isfinite(value)})
+
+
+def _update(
+    config: AlignConfig,
+    worker: TrainWorker,
+    reference: Decoder,
+    trie: Trie | None,
+    prompts: RequestPrompts,
+    feedback: Feedback,
+    sid_tokens: NDArray[np.int32],
+    step: int,
+    experience: Experience,
+) -> dict[str, float]:
+    """Optimizer steps on this rank's share of a step's groups; the loss's parts, averaged over the ranks."""
+    rollout, device = experience.rollout, worker.device
+    mine = np.arange(worker.rank, len(rollout.request_rows), worker.world_size)
+    rows = rollout.request_rows[mine]
+    asked = prompts.of(rows).to(device)
+    answers = torch.from_numpy(rollout.tokens[mine].astype(np.int64)).to(device)
+    levels = _reference_levels(reference, asked, answers, config, trie)
+    anchors: tuple[Tensor, ...] = ()
+    if config.objective.sft_anchor_weight:
+        anchor_tokens, present = _anchors(config, feedback, sid_tokens, step, rows)
+        answers = torch.cat((answers, anchor_tokens.to(device)), dim=1)
+        anchors = (present.to(device),)
+    weight = decayed_expert_weight(step, start=config.objective.expert_weight, decay_steps=config.objective.expert_decay_steps)
+    batch = (
+        asked.token_ids,
+        asked.lengths,
+        asked.soft,
+        answers,
+        torch.from_numpy(rollout.log_probs[mine]).to(device),
+        torch.from_numpy(experience.rewards.values[mine]).to(device),
+        torch.from_numpy(rollout.experts[mine]).to(device),
+        levels,
+        torch.tensor(weight, device=device),
+        *anchors,
+    )
+    sums: dict[str, Tensor] = {}
+    for _ in range(config.updates_per_rollout):
+        loss, parts = worker.loss(*batch)
+        worker.step(loss)
+        sums = {name: sums.get(name, torch.zeros((), device=device)) + value.float() for name, value in parts.items()}
+    values = torch.stack(list(sums.values())) / config.updates_per_rollout
+    if worker.world_size > 1:
+        torch.distributed.all_reduce(values)
+        values /= worker.world_size
+    return {**dict(zip(sums, values.tolist(), strict=True)), "expert_weight": weight}
+
+
+@torch.no_grad()
+def _reference_levels(reference: Decoder, prompts: Prompts, answers: Tensor, config: AlignConfig, trie: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return group_log_probs(reference, prompts, answers, support=config.support, trie=trie, return_level_log_probs=True).levels
+
+
+def _anchors(config: AlignConfig, feedback: Feedback, sid_tokens: NDArray[np.int32], step: int, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """One logged SID per request for the anchor: tokens int64 [B, 1, 3] and whether there is one, bool [B, 1]."""
+    chosen = np.full(len(rows), -1, dtype=np.int64)
+    for place, row in enumerate(rows):
+        sids, tiers = feedback.of(int(row))
+        luck = counter_uniforms(config.seed ^ _ANCHOR_STREAM, step, np.array([row]), max(1, len(sids)))[0, : len(sids)]
+        if len(drawn := draw_weighted(sids, tier_weights(tiers, config.expert_draw), luck, count=1)):
+            chosen[place] = drawn[0]
+    tokens = sid_tokens[np.maximum(chosen, 0)].astype(np.int64)
+    return torch.from_numpy(tokens)[:, None], torch.from_numpy(chosen >= 0)[:, None]
+
+
+def _batch_size(config: AlignConfig, eligible: int, world_size: int, *, quiet: bool) -> int:
+    """Requests of a step: as configured, or as many as there are; a multiple of the number of workers."""
+    batch = min(config.requests_per_step, eligible) // world_size * world_size
+    if batch == 0:
+        raise AlignError(f"requests_per_step: {config.requests_per_step} of {eligible} requests with feedback cannot be split over {world_size} workers")
+    if batch < config.requests_per_step and not quiet:
+        logger.warning(
+            "align_generator: %d requests a step in place of %d (%d requests with feedback, %d workers)", batch, config.requests_per_step, eligible, world_size
+        )
+    return batch
+
+
+def _load(model: Decoder, weights: Mapping[str, NDArray[np.float32]]) -> None:
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(torch.from_numpy(weights[name]))
+
+
+def _mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each column of some steps' health; a column without any finite value is left out."""
+    means = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows if np.isfinite(row[name])]
+        if values and name != "step":
+            means[name] = float(np.mean(values))
+    return means

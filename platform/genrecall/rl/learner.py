@@ -1,0 +1,187 @@
+"""The learner's step: the EG-GRPO loss of a batch of groups, the batches it draws, and the health of each step.
+
+Source: EG-GRPO (arXiv:2605.14434, section 3.4); the terms are in `policy_loss.py` and `advantage.py`. A group is scored packed, behind
+one copy of its prompt. KL and entropy come from the same pass, over the support that the rollouts were sampled from.
+
+Shapes: B requests, G answers per request, T anchors per request (0 or 1), A1..A3 alphabet sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from genrecall.data.interactions import Requests
+from genrecall.encoders.text_encoder import TextEncoder
+from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.model import Decoder, Prompts
+from genrecall.rl.advantage import group_advantages, has_spread
+from genrecall.rl.feedback import CLICKED, TIER_NAMES
+from genrecall.rl.policy_loss import clipped_objective, entropy, exact_kl, mean_over_samples, ratio_one_for, sft_anchor
+from genrecall.rl.reward import Rewards
+from genrecall.rl.rollout import Rollout
+from genrecall.sid.semantic_id import SidTable
+from genrecall.sid.trie import Trie
+
+LEVELS = (1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The weights and bounds of the loss."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_weight: float = 1.0
+    sft_anchor_weight: float = 0.0
+    advantage_epsilon: float = 1e-6
+    expert_weight: float = 1.0  # of an expert's term in the loss
+    expert_decay_steps: int = 0  # the weight falls linearly to 0 over so many steps; 0 keeps it
+    expert_ratio: Literal["policy", "one"] = "policy"  # "one" is an ablation: experts as if the rollout policy had just produced them
+
+    def problems(self) -> list[str]:
+        found = [f"{name}: expected between 0 and 1, got {getattr(self, name)}" for name in ("clip_low",) if not 0 < getattr(self, name) < 1]
+        found += [f"{name}: expected above 0, got {getattr(self, name)}" for name in ("clip_high", "advantage_epsilon") if getattr(self, name) <= 0]
+        found += [
+            f"{name}: expected at least 0, got {getattr(self, name)}"
+            for name in ("kl_weight", "sft_anchor_weight", "expert_weight", "expert_decay_steps")
+            if getattr(self, name) < 0
+        ]
+        return found
+
+
+def alignment_loss(
+    model: Decoder,
+    token_ids: Tensor,
+    lengths: Tensor,
+    soft: Tensor | None,
+    answers: Tensor,
+    old_log_probs: Tensor,
+    rewards: Tensor,
+    experts: Tensor,
+    reference_levels: tuple[Tensor, Tensor, Tensor],
+    expert_weight: Tensor,
+    anchor_present: Tensor | None = None,
+    *,
+    objective: ObjectiveConfig,
+    support: Literal["level", "trie"],
+    trie: Trie | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch and its parts.
+
+    Args:
+        token_ids, lengths, soft: the prompts, see `Prompts`.
+        answers: int64 [B, G + T, 3]: the group, then the anchor where there is one.
+        old_log_probs: [B, G, 3]. rewards: [B, G]; not finite = no reward. experts: bool [B, G].
+        reference_levels: the reference's log-probabilities [B, 1, A1], [B, G, A2], [B, G, A3] at the same prefixes.
+        expert_weight: scalar tensor.
+        anchor_present: bool [B, T].
+        support, trie: as in the rollouts.
+
+    Returns:
+        scalar loss; {"policy_loss", "kl", "kl_1".., "entropy_1".., "clip_fraction", "expert_loss", "ratio", "anchor_loss"} as scalars.
+    """
+    group = rewards.shape[1]
+    scored = group_log_probs(model, Prompts(token_ids, lengths, soft), answers, support=support, trie=trie, return_level_log_probs=True)
+    log_probs = scored.log_probs[:, :group]
+    levels = [level if level.shape[1] == 1 else level[:, :group] for level in scored.levels]
+    old = ratio_one_for(experts, log_probs, old_log_probs) if objective.expert_ratio == "one" else old_log_probs
+    advantages = group_advantages(rewards, epsilon=objective.advantage_epsilon)
+    clipped = clipped_objective(
+        log_probs,
+        old,
+        advantages,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        weights=torch.where(experts, expert_weight.to(log_probs.dtype), torch.ones_like(advantages)),
+    )
+    by_level = [exact_kl(level, reference).expand(-1, group) for level, reference in zip(levels, reference_levels, strict=True)]
+    kl = mean_over_samples(torch.stack(by_level, dim=-1), experts)
+    loss = clipped.loss + objective.kl_weight * kl
+    parts = {
+        "policy_loss": clipped.loss,
+        "kl": kl,
+        "clip_fraction": clipped.clipped.float().mean(),
+        "ratio": clipped.ratio.mean(),
+        "expert_loss": mean_over_samples(clipped.per_answer, ~experts),
+        **{f"kl_{number}": mean_over_samples(value, experts) for number, value in zip(LEVELS, by_level, strict=True)},
+        **{f"entropy_{number}": mean_over_samples(entropy(level.detach()).expand(-1, group), experts) for number, level in zip(LEVELS, levels, strict=True)},
+    }
+    if anchor_present is not None:
+        anchor = sft_anchor(scored.log_probs[:, group:], anchor_present)
+        loss = loss + objective.sft_anchor_weight * anchor
+        parts["anchor_loss"] = anchor
+    return loss, {name: value.detach() for name, value in parts.items()}
+
+
+def draw_requests(eligible: NDArray[np.int64], *, seed: int, step: int, count: int) -> NDArray[np.int64]:
+    """The request rows of a step: `count` different ones of `eligible`, from (seed, step) alone."""
+    return np.random.default_rng((seed, 3, step)).choice(eligible, size=count, replace=False)
+
+
+class RequestPrompts:
+    """Prompts of training requests, as the retriever makes them when it serves.
+
+    Args:
+        builder, table, encoder: of the generator, its SID index and its encoder.
+        requests: the training requests.
+    """
+
+    def __init__(self, builder: PromptBuilder, table: SidTable, encoder: TextEncoder, requests: Requests) -> None:
+        self._builder, self._table, self._encoder, self._requests = builder, table, encoder, requests
+
+    def of(self, rows: NDArray[np.int64]) -> Prompts:
+        """The prompts of some requests, on the CPU."""
+        chosen = self._requests.take(rows)
+        uses_vectors = self._builder.soft_prompt or self._builder.level1_centroids is not None
+        vectors = self._encoder.encode_queries(chosen.queries) if uses_vectors else None
+        histories = [self._table.tokens_of_items(history) for history in chosen.history]
+        return self._builder.request_prompts(chosen.queries, chosen.genders, chosen.age_bands, histories, vectors)
+
+
+def frequent_queries(queries: list[str]) -> NDArray[np.bool_]:
+    """Which requests ask a head query: bool [R], the most frequent queries that together make up half of the requests."""
+    distinct, inverse, counts = np.unique(np.array(queries, dtype=object).astype(str), return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]
+    head = np.zeros(len(distinct), dtype=bool)
+    head[order[before < len(queries) / 2]] = True
+    return head[inverse]
+
+
+def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) -> dict[str, float]:
+    """What a step's rollouts say about the policy; shares are of its own samples, experts left out.
+
+    Args:
+        head: bool [B], whether each request asks a head query.
+    """
+    own = ~rollout.experts
+    count = max(1, int(own.sum()))
+    finite = np.isfinite(rewards.values)
+    tiers = np.bincount(rewards.tiers[own], minlength=len(TIER_NAMES)) / count
+    hits = own & (rewards.tiers >= CLICKED)
+    values = torch.from_numpy(np.asarray(rewards.values, dtype=np.float32))
+    return {
+        "reward": float(np.where(finite, rewards.values, 0.0)[own].sum() / count),
+        "group_reward": float(np.where(finite, rewards.values, 0.0).mean()),
+        "valid_rate": float((rollout.sid_rows[own] >= 0).mean()) if own.any() else 0.0,
+        "unique_sids": float(np.mean([len({*row.tolist()} - {-1}) for row in rollout.sid_rows])),
+        "zero_spread": float((~has_spread(values)).float().mean()),
+        "unusable_rewards": float((~finite).mean()),
+        "expert_share": float(rollout.experts.mean()),
+        "stale_experts": float(rollout.stale_experts),
+        "hit_rate": float(hits.sum() / count),
+        "hit_rate_head": _share(hits, own & head[:, None]),
+        "hit_rate_tail": _share(hits, own & ~head[:, None]),
+        **{f"tier_{name}": float(share) for name, share in zip(TIER_NAMES, tiers, strict=True)},
+    }
+
+
+def _share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> float:
+    return float((hits & among).sum() / among.sum()) if among.any() else float("nan")

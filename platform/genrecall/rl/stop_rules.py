@@ -1,0 +1,88 @@
+"""Stop rules: end an alignment run that collapses, while the last good weights are still at hand.
+
+Reinforcement learning on sparse rewards fails in known ways: answers stop being valid, every group repeats one answer,
+entropy drains, the policy leaves its reference, the reward sinks. Each rule watches one of them in the health of the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """Bounds of a healthy run; a rule breaks when its bound is crossed at `patience` steps in a row."""
+
+    enabled: bool = True
+    patience: int = 5
+    baseline_steps: int = 5  # the first steps, whose mean the relative bounds refer to
+    min_valid_rate: float = 0.2  # share of the policy's own samples that are SIDs, relative to the baseline
+    min_unique_sids: float = 0.25  # distinct SIDs per group, relative to the baseline
+    min_entropy: float = 0.25  # of each level, relative to the baseline
+    max_kl: float = 1.0  # nats per level, to the reference
+    min_reward: float = 0.5  # mean reward of the policy's own samples, relative to the baseline
+    max_unusable_rewards: float = 0.5  # share of rewards that are not finite
+
+    def problems(self) -> list[str]:
+        found = [f"{name}: expected at least 1, got {getattr(self, name)}" for name in ("patience", "baseline_steps") if getattr(self, name) < 1]
+        relative = ("min_valid_rate", "min_unique_sids", "min_entropy", "min_reward", "max_unusable_rewards")
+        found += [f"{name}: expected a share between 0 and 1, got {getattr(self, name)}" for name in relative if not 0 <= getattr(self, name) <= 1]
+        if self.max_kl <= 0:
+            found.append(f"max_kl: expected a positive number of nats, got {self.max_kl}")
+        return found
+
+
+@dataclass
+class StopRules:
+    """Watches the health of a run step by step. `state()` and `StopRules(config, **state)` carry it over a restart."""
+
+    config: StopConfig
+    seen: int = 0
+    baseline: dict[str, float] = field(default_factory=dict)
+    breaches: dict[str, int] = field(default_factory=dict)
+
+    def observe(self, health: Mapping[str, float]) -> str | None:
+        """Take in one step's health; the reason to stop, or None.
+
+        Raises:
+            KeyError: a watched metric is missing from `health`.
+        """
+        rules = self._rules()
+        if self.seen < self.config.baseline_steps:
+            for _, metric, _, _ in rules:
+                self.baseline[metric] = (self.baseline.get(metric, 0.0) * self.seen + health[metric]) / (self.seen + 1)
+        self.seen += 1
+        if not self.config.enabled:
+            return None
+        for rule, metric, bound, kind in rules:
+            limit = bound * self.baseline[metric] if kind == "least_of_baseline" else bound
+            value = health[metric]
+            broken = not math.isfinite(value) or (value > limit if kind == "most" else value < limit)
+            self.breaches[rule] = self.breaches.get(rule, 0) + 1 if broken else 0
+            if self.breaches[rule] >= self.config.patience:
+                relation = "above" if kind == "most" else "below"
+                return f"{rule}: {metric} was {value:.4g}, {relation} its bound {limit:.4g}, for {self.breaches[rule]} steps in a row"
+        return None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last step observed broke no rule."""
+        return not any(self.breaches.values())
+
+    def state(self) -> dict[str, object]:
+        """JSON-able; pass it back as keyword arguments."""
+        return {"seen": self.seen, "baseline": dict(self.baseline), "breaches": dict(self.breaches)}
+
+    def _rules(self) -> list[tuple[str, str, float, str]]:
+        c = self.config
+        relative = "least_of_baseline"
+        return [
+            ("valid_answers", "valid_rate", c.min_valid_rate, relative),
+            ("diverse_groups", "unique_sids", c.min_unique_sids, relative),
+            *[(f"entropy_{level}", f"entropy_{level}", c.min_entropy, relative) for level in (1, 2, 3)],
+            ("near_reference", "kl", c.max_kl, "most"),
+            ("reward_holds", "reward", c.min_reward, relative),
+            ("usable_rewards", "unusable_rewards", c.max_unusable_rewards, "most"),
+        ]

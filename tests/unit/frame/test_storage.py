@@ -1,0 +1,141 @@
+"""Artifacts: whole or not at all, checked by hash, alike on a disk and on S3."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from genrecall.storage import MANIFEST, Artifact, ArtifactError, Stage, open_artifact
+from moto.server import ThreadedMotoServer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    size: int = 1
+
+
+def stage(uri: str, *, config: Config | None = None, parents: dict[str, Artifact] | None = None, version: int = 1) -> Stage:
+    return Stage(kind="toy", uri=uri, config=config or Config(), algorithm_version=version, parents=parents or {}, seed=0, job="make_toy")
+
+
+def make(one: Stage, text: str = "hello") -> Artifact:
+    with one.write() as draft:
+        (draft.path / "sub").mkdir()
+        (draft.path / "a.txt").write_text(text)
+        (draft.path / "sub" / "b.txt").write_text("b")
+        draft.row_counts["rows"] = 3
+    return one.open()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket on a mock server of the real API."""
+    import boto3
+    import fsspec
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    boto3.client("s3").create_bucket(Bucket="artifacts")
+    yield "s3://artifacts"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("GENRECALL_CACHE", str(tmp_path / "cache"))
+    if request.param == "local":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
+
+
+def test_an_artifact_opens_with_its_files_and_counts(root: str) -> None:
+    artifact = make(stage(f"{root}/toy"))
+    assert artifact.file("a.txt").read_text() == "hello"
+    assert artifact.file("sub/b.txt").read_text() == "b"
+    assert artifact.manifest["row_counts"] == {"rows": 3}
+    assert artifact.manifest["libraries"]["torch"]
+
+
+def test_a_matching_artifact_is_found_and_another_config_version_or_parent_is_not(root: str) -> None:
+    parent = make(stage(f"{root}/parent"))
+    other_parent = make(stage(f"{root}/parent2"), text="other")
+    uri = f"{root}/toy"
+    make(stage(uri, parents={"p": parent}))
+    assert stage(uri, parents={"p": parent}).current() is not None
+    assert stage(uri, parents={"p": parent}).current(force=True) is None
+    assert stage(uri, parents={"p": parent}, config=Config(size=2)).current() is None
+    assert stage(uri, parents={"p": parent}, version=2).current() is None
+    assert stage(uri, parents={"p": other_parent}).current() is None
+
+
+def test_writing_again_replaces_all_files(root: str) -> None:
+    one = stage(f"{root}/toy")
+    make(one)
+    with one.write() as draft:
+        (draft.path / "c.txt").write_text("c")
+    assert set(one.open().manifest["files"]) == {"c.txt"}
+
+
+def test_an_interrupted_write_leaves_what_was_there_and_nothing_else(root: str) -> None:
+    one = stage(f"{root}/toy")
+    make(one)
+    with pytest.raises(KeyboardInterrupt), one.write() as draft:
+        (draft.path / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert one.open().file("a.txt").read_text() == "hello"
+    if "://" not in root:
+        assert sorted(os.listdir(root)) == ["toy"]
+
+
+def test_a_changed_file_is_refused_and_the_job_named(tmp_path: Path) -> None:
+    artifact = make(stage(str(tmp_path / "toy")))
+    (artifact.path / "a.txt").write_text("jello")
+    with pytest.raises(ArtifactError, match=r"does not match its manifest: a\.txt \(changed\); rerun jobs/make_toy\.py"):
+        open_artifact(artifact.uri)
+
+
+def test_missing_and_unlisted_files_are_refused(tmp_path: Path) -> None:
+    artifact = make(stage(str(tmp_path / "toy")))
+    (artifact.path / "a.txt").unlink()
+    (artifact.path / "new.pkl").write_text("?")
+    with pytest.raises(ArtifactError, match=r"a\.txt \(missing\), new\.pkl \(not in the manifest\)"):
+        open_artifact(artifact.uri)
+
+
+def test_no_artifact_and_the_wrong_kind_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no encoder here"):
+        open_artifact(str(tmp_path / "none"), kind="encoder")
+    artifact = make(stage(str(tmp_path / "toy")))
+    with pytest.raises(ArtifactError, match="expected an artifact of kind 'encoder', found 'toy'"):
+        open_artifact(artifact.uri, kind="encoder")
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/etc/passwd"])
+def test_file_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    artifact = make(stage(str(tmp_path / "toy")))
+    with pytest.raises(ArtifactError, match="points outside the artifact"):
+        artifact.file(name)
+    manifest = json.loads((artifact.path / MANIFEST).read_text())
+    manifest["files"][name] = {"sha256": "0", "bytes": 0}
+    (artifact.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="a name that leaves the folder"):
+        open_artifact(artifact.uri)
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
+    artifact = make(stage(str(tmp_path / "toy")))
+    manifest = json.loads((artifact.path / MANIFEST).read_text()) | {"format_version": 99}
+    (artifact.path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="artifact format 99, this version reads 1"):
+        open_artifact(artifact.uri)

@@ -1,0 +1,166 @@
+"""Supervised training on a shop of fifty items: the examples, the loss, the schedule, and that it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from genrecall.config import ConfigError, apply_overrides
+from genrecall.generator.examples import Batches
+from genrecall.generator.model import Decoder
+from genrecall.generator.sft import (
+    SUPPORT,
+    GeneratorConfig,
+    StageConfig,
+    build_decoder,
+    learning_rate_schedule,
+    sft_loss,
+    train_tokenizer,
+)
+from genrecall.generator.training_data import NothingToLearnError, Validation, build_training_data, known_at_split, make_prompt_builder
+from genrecall.sid.trie import Trie
+
+CONFIG = GeneratorConfig(
+    vocab_size=600,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=64,
+    max_history=2,
+    stage1=StageConfig(steps=40, batch_size=32, learning_rate=5e-3, warmup_steps=5),
+    stage2=StageConfig(steps=80, batch_size=32, learning_rate=5e-3, warmup_steps=5),
+    stage3=StageConfig(steps=40, batch_size=32, learning_rate=4e-3, warmup_steps=5),
+)
+
+
+@pytest.fixture(scope="module")
+def parts(catalog, requests, table, encoder):
+    tokenizer = train_tokenizer(CONFIG, catalog, requests)
+    model = build_decoder(CONFIG, tokenizer, table, encoder.dim)
+    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, encoder.encode_items(catalog.titles))
+    return model, builder, build_training_data(CONFIG, catalog, requests, table, builder, encoder)
+
+
+@pytest.fixture(scope="module")
+def trained(parts) -> Decoder:
+    """The three stages in a plain loop."""
+    model, builder, data = parts
+    optimizer = torch.optim.AdamW(model.parameters())
+    rate = learning_rate_schedule(CONFIG.stages)
+    done = 0
+    for number, (stage, examples) in enumerate(zip(CONFIG.stages, data.stages, strict=True)):
+        batches = Batches(examples, batch_size=stage.batch_size, targets=1 if number == 0 else 3, seed=(0, number))
+        for step in range(stage.steps):
+            prompts, sids = batches.batch(step, builder, data.vectors)
+            loss, _ = sft_loss(model, prompts.token_ids, prompts.lengths, prompts.soft, torch.from_numpy(data.sid_tokens[sids]))
+            optimizer.param_groups[0]["lr"] = rate(done)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            done += 1
+    return model
+
+
+def test_fifty_items_are_learned(trained, parts, requests, table, encoder):
+    _, builder, _ = parts
+    validation = Validation.build(builder, requests.take(range(50)), 50, table, encoder)
+    measured = validation.measure(trained, builder, Trie.from_tokens(table.tokens, (5, 10, 2)), personalised=False, support=SUPPORT)
+    assert measured["hit@1"] > 0.9
+    assert measured["hit@10"] >= measured["hit@1"]
+    assert measured["hit@100"] == 1.0  # more beams than SIDs
+    assert measured["loss"] < 1.0
+
+
+def test_the_shopper_decides_where_the_query_does_not(trained, parts, requests, table, encoder):
+    _, builder, _ = parts
+    validation = Validation.build(builder, requests.take(range(50, 60)), 50, table, encoder)
+    trie = Trie.from_tokens(table.tokens, (5, 10, 2))
+    assert validation.measure(trained, builder, trie, personalised=True, support=SUPPORT)["hit@1"] > 0.9
+    assert validation.measure(trained, builder, trie, personalised=False, support=SUPPORT)["hit@1"] < 0.7
+
+
+def test_loss_is_the_sum_of_its_levels_and_starts_near_uniform(parts, catalog, requests, table, encoder):
+    _, builder, data = parts
+    fresh = build_decoder(CONFIG, builder.tokenizer, table, encoder.dim)
+    prompts, sids = Batches(data.stages[1], batch_size=8, targets=3, seed=0).batch(0, builder, data.vectors)
+    loss, levels = sft_loss(fresh, prompts.token_ids, prompts.lengths, prompts.soft, torch.from_numpy(data.sid_tokens[sids]))
+    assert loss.item() == pytest.approx(sum(value.item() for value in levels.values()), abs=1e-5)
+    assert loss.item() == pytest.approx(np.log(5) + np.log(10) + np.log(2), abs=1.5)
+
+
+def test_query_targets_are_all_clicked_sids_weighted_by_feedback(catalog, table, encoder, parts, make_requests):
+    # "bracket": item 3 clicked twice, item 4 bought once (weight 2). "Bracket " is the same query.
+    requests = make_requests(["bracket", "Bracket "], [[3], [3, 4]], purchased=[[], [4]])
+    config = dataclasses.replace(CONFIG, stage2_item_fraction=0.0, corrupted_query_fraction=0.0)
+    _, stage2, stage3 = build_training_data(config, catalog, requests, table, parts[1], encoder).stages
+    assert len(stage2) == 1
+    assert dict(zip(stage2.target_sids.tolist(), stage2.target_weights.tolist(), strict=True)) == {3: 2.0, 4: 2.0}
+    assert stage3 is None  # no gender, age or history anywhere
+
+
+def test_stage_one_knows_titles_corruptions_and_short_texts(parts, catalog, table):
+    _, builder, data = parts
+    stage1 = data.stages[0]
+    first = stage1.bank.ids[stage1.bank.offsets[:-1]]
+    shares = [stage1.weights[first == marker].sum() for marker in (builder.tokenizer.item_id, builder.tokenizer.query_id)]
+    assert shares == pytest.approx([0.6, 0.4])
+    assert set(stage1.target_sids.tolist()) == set(range(50))
+
+
+def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table, encoder, parts):
+    seen = np.full(50, np.datetime64(0, "us"))
+    seen[49] = np.datetime64(10_000, "us")
+    later = dataclasses.replace(catalog, first_seen=seen)
+    assert known_at_split(later, requests).tolist() == [True] * 49 + [False]
+    stage1 = build_training_data(CONFIG, later, requests, table, parts[1], encoder).stages[0]
+    assert set(stage1.target_sids.tolist()) == set(range(49))
+    assert known_at_split(catalog, requests).all()
+
+
+def test_the_same_inputs_give_the_same_examples(parts, catalog, requests, table, encoder):
+    _, builder, data = parts
+    again = build_training_data(CONFIG, catalog, requests, table, builder, encoder)
+    for one, other in zip(data.stages, again.stages, strict=True):
+        assert np.array_equal(one.bank.ids, other.bank.ids)
+        assert np.array_equal(one.vector_rows, other.vector_rows)
+
+
+def test_a_log_without_clicks_is_refused(catalog, table, encoder, parts, make_requests):
+    with pytest.raises(NothingToLearnError, match="none has a clicked or purchased item"):
+        build_training_data(CONFIG, catalog, make_requests(["bracket"], [[]]), table, parts[1], encoder)
+
+
+def test_each_stage_has_its_own_warm_up_and_cosine():
+    stages = [StageConfig(steps=10, batch_size=1, learning_rate=1.0, warmup_steps=2), StageConfig(steps=5, batch_size=1, learning_rate=0.5, warmup_steps=1)]
+    rate = learning_rate_schedule(stages)
+    assert [rate(0), rate(1), rate(2)] == pytest.approx([0.5, 1.0, 1.0])
+    assert rate(9) < 0.2
+    assert rate(10) == pytest.approx(0.5)
+    assert rate(14) < 0.2
+
+
+def test_impossible_settings_are_named():
+    with pytest.raises(ConfigError, match="stage2_item_fraction: must be below 1") as caught:
+        apply_overrides(GeneratorConfig(), ["stage2_item_fraction=1.0", "stage1.steps=0", "num_heads=3", "targets_per_query=0"])
+    message = str(caught.value)
+    for part in ("stage1.steps: must be at least 1", "num_heads: must be a multiple", "targets_per_query: must be at least 1"):
+        assert part in message
+    with pytest.raises(ConfigError, match="hidden_size: has no effect with base_model"):
+        apply_overrides(GeneratorConfig(), ["base_model=/models/qwen", "hidden_size=64"])
+
+
+def test_training_can_start_from_a_text_model(tmp_path, catalog, requests, table, encoder, parts):
+    text_model = Decoder(dataclasses.replace(CONFIG.decoder_config(700, None, 0), max_positions=128), seed=1)
+    text_model.save_pretrained(tmp_path)
+    parts[1].tokenizer.save(tmp_path / "tokenizer.json")
+    config = GeneratorConfig(base_model=str(tmp_path))
+    tokenizer = train_tokenizer(config, catalog, requests)
+    model = build_decoder(config, tokenizer, table, encoder.dim)
+    assert model.config.alphabet_sizes == (5, 10, 2)
+    assert model.config.text_vocab_size == 700
+    assert model.config.soft_prompt_dim == encoder.dim
+    assert torch.equal(model.tokens.text, text_model.tokens.text)

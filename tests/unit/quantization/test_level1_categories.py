@@ -1,0 +1,46 @@
+"""Which categories own a level-1 code."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genrecall.quantization.level1_categories import Level1Categories, choose_categories
+
+PATHS = [("a", "x")] * 5 + [("a", "y")] * 2 + [("b", "z", "q")] * 3 + [("c",)] * 1 + [()] * 4
+
+
+def test_an_items_category_is_its_deepest_ancestor_with_enough_items():
+    # ("a","y") has 2 items, so they count for ("a",); ("b","z","q") has 3; ("c",) has 1 and no ancestor: no category.
+    chosen = choose_categories(PATHS, min_items=3, max_categories=10)
+    assert chosen.paths == (("a",), ("a", "x"), ("b", "z", "q"))
+    assert chosen.codes_of([("a", "x"), ("a", "y"), ("b", "z", "q"), ("c",), ()]).tolist() == [1, 0, 2, -1, -1]
+
+
+def test_the_smallest_are_rolled_up_until_they_fit():
+    # Of ("a",) 2, ("a","x") 5, ("b","z","q") 3 items the smallest that is no root goes first: ("b","z","q") becomes ("b","z"),
+    # then ("b",); still three, so ("a","x") joins ("a",).
+    chosen = choose_categories(PATHS, min_items=3, max_categories=2)
+    assert chosen.paths == (("a",), ("b",))
+    assert chosen.codes_of([("a", "x"), ("a", "new", "leaf"), ("b", "z", "q")]).tolist() == [0, 0, 1]
+
+
+def test_with_too_many_roots_the_smallest_stay_without_a_code():
+    assert choose_categories(PATHS, min_items=1, max_categories=1).paths == (("a",),)
+
+
+def test_no_categories_give_no_codes():
+    assert len(choose_categories([(), ()], min_items=1, max_categories=5)) == 0
+    assert Level1Categories(()).codes_of([("a",)]).tolist() == [-1]
+
+
+paths = st.lists(st.lists(st.sampled_from("abc"), max_size=4).map(tuple), max_size=40)
+
+
+@given(paths, st.integers(1, 5), st.integers(0, 8))
+def test_never_more_than_allowed_and_every_category_has_enough_items(catalogue, min_items, most):
+    chosen = choose_categories(catalogue, min_items=min_items, max_categories=most)
+    assert len(chosen) <= most
+    for path in chosen.paths:
+        assert sum(item[: len(path)] == path for item in catalogue) >= min_items
+    for item, code in zip(catalogue, chosen.codes_of(catalogue).tolist(), strict=True):
+        longest = max((len(path) for path in chosen.paths if item[: len(path)] == path), default=0)
+        assert (chosen.paths[code] == item[:longest]) if longest else code == -1

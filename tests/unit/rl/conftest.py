@@ -1,0 +1,105 @@
+"""A toy world for reinforcement learning: 12 of 64 possible SIDs, six requests, a decoder of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genrecall.config import to_dict
+from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.rl.feedback import CLICKED, EXPOSED, Feedback
+from genrecall.rl.rollout import RolloutConfig, RolloutTask
+from genrecall.sid.trie import Trie
+from genrecall.storage import Artifact, Stage
+
+NUM_REQUESTS = 6
+
+
+@dataclass
+class Toy:
+    """Requests 0 to 5; request r was clicked at SID 2r and saw SID 2r + 1."""
+
+    model: Decoder
+    trie: Trie
+    sid_tokens: np.ndarray
+    feedback: Feedback
+
+    def task(self, rows, *, step: int = 0, weights=(2.0, 0.1), expert_sids=None) -> RolloutTask:
+        rows = np.asarray(rows, dtype=np.int64)
+        prompts = self.prompts(rows)
+        sids = [self.feedback.of(int(row))[0] for row in rows] if expert_sids is None else [np.array(one, dtype=np.int32) for one in expert_sids]
+        return RolloutTask(
+            step=step,
+            request_rows=rows,
+            token_ids=prompts.token_ids.numpy(),
+            lengths=prompts.lengths.numpy(),
+            soft=None,
+            expert_offsets=np.concatenate([[0], np.cumsum([len(one) for one in sids])]).astype(np.int64),
+            expert_sids=np.concatenate(sids).astype(np.int32),
+            expert_weights=np.concatenate([np.array(weights)[: len(one)] for one in sids]) if len(sids) else np.zeros(0),
+        )
+
+    def prompts(self, rows) -> Prompts:
+        return Prompts.from_rows([[int(row) + 1] * (1 + int(row) % 3) for row in rows])
+
+
+def toy_tokens() -> np.ndarray:
+    codes = np.random.default_rng(0).choice(64, 12, replace=False)
+    codes.sort()
+    return np.stack([codes // 16, codes // 4 % 4, codes % 4], axis=1).astype(np.int32)
+
+
+@pytest.fixture
+def toy() -> Toy:
+    torch.set_num_threads(1)
+    tokens = toy_tokens()
+    config = DecoderConfig(
+        text_vocab_size=10, level_sizes=(4, 4, 4), hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=48, max_positions=16
+    )
+    feedback = Feedback(
+        num_sids=12,
+        offsets=np.arange(NUM_REQUESTS + 1, dtype=np.int64) * 2,
+        sid_rows=np.arange(12, dtype=np.int32),
+        tiers=np.array([CLICKED, EXPOSED] * NUM_REQUESTS, dtype=np.int8),
+    )
+    return Toy(Decoder(config, seed=1).eval(), Trie.from_tokens(tokens, (4, 4, 4)), tokens, feedback)
+
+
+@pytest.fixture
+def toy_artifacts(toy: Toy, tmp_path: Path) -> dict[str, Artifact]:
+    """The toy's decoder and trie as artifacts, for actors that open them."""
+
+    def written(kind: str, fill) -> Artifact:
+        stage = Stage(
+            kind=kind,
+            uri=str(tmp_path / kind),
+            config=RolloutConfig(seed=0, group_size=2, num_experts=0, support="level"),
+            algorithm_version=1,
+            parents={},
+            seed=0,
+            job="test",
+        )
+        with stage.write() as draft:
+            fill(draft.path)
+        return stage.open()
+
+    return {
+        "generator": written("generator", lambda folder: toy.model.save_pretrained(folder / "stage3")),
+        "sid_index": written("sid_index", lambda folder: toy.trie.save(folder / "trie")),
+    }
+
+
+@pytest.fixture
+def rollout_spec(toy_artifacts) -> dict[str, object]:
+    """What a rollout actor of the toy world is made from."""
+    return {
+        "generator": toy_artifacts["generator"].uri,
+        "sid_index": toy_artifacts["sid_index"].uri,
+        "stage": "stage3",
+        "rollout": to_dict(RolloutConfig(seed=5, group_size=4, num_experts=1, support="level")),
+        "use_gpu": False,
+    }

@@ -1,0 +1,74 @@
+"""The alignment stage's own small parts; the whole stage runs in the pipeline's tests."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+
+from genrecall.rl import eg_grpo
+from genrecall.rl.align_config import AlignConfig, AlignError
+from genrecall.rl.eg_grpo import align_generator
+from genrecall.rl.reward import RewardConfig
+from genrecall.rl.rollout import weights_of
+from genrecall.train_worker import TrainSettings
+
+
+def test_ranker_reward_without_ranker_is_refused_before_ray_starts(toy_artifacts, tmp_path):
+    anything = toy_artifacts["generator"]
+    with pytest.raises(AlignError, match=r"reward\.mode='ranker' needs a ranker artifact; run jobs/train_ranker\.py"):
+        align_generator(
+            AlignConfig(reward=RewardConfig(mode="ranker")),
+            dataset=anything,
+            encoder=anything,
+            sid_index=anything,
+            generator=anything,
+            ranker=None,
+            uri=str(tmp_path / "aligned"),
+            train=TrainSettings(),
+        )
+
+
+def test_anchors_are_logged_sids_drawn_by_tier(toy):
+    tokens, present = eg_grpo._anchors(AlignConfig(expert_draw=(1.0, 1.0, 0.0)), toy.feedback, toy.sid_tokens, 0, np.array([3, 0]))
+    assert present.tolist() == [[True], [True]]
+    assert tokens[:, 0].tolist() == toy.sid_tokens[[6, 0]].tolist()  # the clicked ones; exposed ones have no weight
+    _, absent = eg_grpo._anchors(AlignConfig(expert_draw=(1.0, 0.0, 0.0)), toy.feedback, toy.sid_tokens, 0, np.array([3]))
+    assert absent.tolist() == [[False]]
+
+
+def test_anchors_are_the_same_whichever_rank_draws_them(toy):
+    config = AlignConfig(expert_draw=(1.0, 1.0, 1.0))
+    whole, _ = eg_grpo._anchors(config, toy.feedback, toy.sid_tokens, 4, np.arange(6))
+    half, _ = eg_grpo._anchors(config, toy.feedback, toy.sid_tokens, 4, np.array([1, 3, 5]))
+    assert whole[1::2].tolist() == half.tolist()
+
+
+def test_step_is_cut_to_the_requests_there_are_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert eg_grpo._batch_size(AlignConfig(requests_per_step=48), 31, 2, quiet=False) == 30
+    assert "30 requests a step in place of 48" in caplog.text
+    caplog.clear()
+    assert eg_grpo._batch_size(AlignConfig(requests_per_step=48), 1000, 1, quiet=False) == 48
+    assert not caplog.text
+
+
+def test_too_few_requests_for_the_workers_are_refused():
+    with pytest.raises(AlignError, match="requests_per_step: 48 of 1 requests with feedback cannot be split over 2 workers"):
+        eg_grpo._batch_size(AlignConfig(requests_per_step=48), 1, 2, quiet=False)
+
+
+def test_means_leave_out_what_is_not_finite():
+    rows = [{"step": 0.0, "a": 1.0, "b": math.nan}, {"step": 1.0, "a": math.nan, "b": math.nan}, {"step": 2.0, "a": 3.0, "b": math.nan}]
+    assert eg_grpo._mean_of(rows) == {"a": 2.0}
+    assert eg_grpo._mean_of([]) == {}
+
+
+def test_good_weights_come_back(toy):
+    good = weights_of(toy.model)
+    for parameter in toy.model.parameters():
+        parameter.data.zero_()
+    eg_grpo._load(toy.model, good)
+    assert all(np.array_equal(value, good[name]) for name, value in weights_of(toy.model).items())

@@ -1,0 +1,199 @@
+"""The learner's loss and health; EG-GRPO on a toy world moves the policy to what was clicked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from genrecall.config import ConfigError, from_dict
+from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.rl.advantage import group_advantages
+from genrecall.rl.feedback import CLICKED, EXPOSED, INVALID, VALID
+from genrecall.rl.learner import ObjectiveConfig, alignment_loss, draw_requests, frequent_queries, rollout_health
+from genrecall.rl.reward import RewardConfig, RewardModel, Rewards
+from genrecall.rl.rollout import Rollout, RolloutConfig, RolloutWorker, weights_of
+from genrecall.sid.index import SidIndex
+
+
+def reference_levels(model, prompts, tokens):
+    with torch.no_grad():
+        return group_log_probs(model, prompts, tokens, return_level_log_probs=True).levels
+
+
+def loss_of(toy, tokens, old, rewards, experts, *, reference=None, anchors=None, weight=1.0, **objective):
+    prompts = toy.prompts(range(len(tokens)))
+    answers = tokens if anchors is None else torch.cat((tokens, anchors), dim=1)
+    present = None if anchors is None else torch.ones(anchors.shape[:2], dtype=torch.bool)
+    return alignment_loss(
+        toy.model,
+        prompts.token_ids,
+        prompts.lengths,
+        None,
+        answers,
+        old,
+        rewards,
+        experts,
+        reference_levels(reference or toy.model, prompts, tokens),
+        torch.tensor(weight),
+        present,
+        objective=ObjectiveConfig(**objective),
+        support="level",
+        trie=None,
+    )
+
+
+@pytest.fixture
+def group(toy):
+    rollout = RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=0, group_size=5, num_experts=1, support="level")).sample(toy.task(range(6)))
+    rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.1, 1.0], size=(6, 5)).astype(np.float32))
+    return torch.from_numpy(rollout.tokens).long(), torch.from_numpy(rollout.log_probs), rewards, torch.from_numpy(rollout.experts)
+
+
+def test_fresh_on_policy_loss_is_minus_the_mean_advantage(toy, group):
+    tokens, old, rewards, experts = group
+    loss, parts = loss_of(toy, tokens, old, rewards, experts)
+    assert loss.item() == pytest.approx(-group_advantages(rewards).mean().item(), abs=1e-5)  # all ratios are 1 and the KL is 0
+    assert parts["kl"].item() == pytest.approx(0.0, abs=1e-6)
+    assert parts["ratio"].item() == pytest.approx(1.0, abs=1e-5)
+    assert parts["clip_fraction"].item() == 0.0
+    assert parts["entropy_1"].item() <= np.log(4) + 1e-5
+
+
+def test_kl_pulls_toward_the_reference(toy, group):
+    tokens, old, rewards, experts = group
+    other = Decoder(toy.model.config, seed=9).eval()
+    flat = torch.full_like(rewards, 0.1)  # no spread, so only the KL is left
+    loss, parts = loss_of(toy, tokens, old, flat, experts, reference=other, kl_weight=2.0)
+    assert parts["kl"].item() > 0
+    assert loss.item() == pytest.approx(2.0 * parts["kl"].item(), rel=1e-5)
+    assert parts["kl"].item() == pytest.approx(sum(parts[f"kl_{level}"].item() for level in (1, 2, 3)) / 3, rel=1e-5)
+
+
+def test_experts_take_no_part_in_the_kl(toy, group):
+    tokens, old, rewards, _ = group
+    other = Decoder(toy.model.config, seed=9).eval()
+    everyone = torch.ones(6, 5, dtype=torch.bool)
+    _, parts = loss_of(toy, tokens, old, rewards, everyone, reference=other)
+    assert parts["kl"].item() == 0.0
+
+
+def test_expert_weight_scales_their_share_of_the_loss(toy, group):
+    tokens, old, rewards, experts = group
+    full, parts = loss_of(toy, tokens, old, rewards, experts)
+    none, _ = loss_of(toy, tokens, old, rewards, experts, weight=0.0)
+    expected = float((experts * -group_advantages(rewards)).mean())
+    assert (full - none).item() == pytest.approx(expected, abs=1e-5)
+    assert parts["expert_loss"].item() == pytest.approx(-group_advantages(rewards)[experts].mean().item(), abs=1e-5)
+
+
+def test_anchor_is_supervised_and_leaves_the_group_alone(toy, group):
+    tokens, old, rewards, experts = group
+    anchors = torch.from_numpy(toy.sid_tokens[::2].astype(np.int64))[:, None]
+    plain, before = loss_of(toy, tokens, old, rewards, experts)
+    anchored, parts = loss_of(toy, tokens, old, rewards, experts, anchors=anchors, sft_anchor_weight=0.5)
+    expected = -group_log_probs(toy.model, toy.prompts(range(6)), anchors).mean().item()
+    assert parts["anchor_loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert anchored.item() == pytest.approx(plain.item() + 0.5 * expected, rel=1e-4)
+    assert parts["policy_loss"].item() == pytest.approx(before["policy_loss"].item(), abs=1e-6)
+
+
+def train(toy, *, num_experts, steps=60, requests=(0, 1, 2, 3, 4, 5), learning_rate=3e-3):
+    """EG-GRPO in plain torch; returns p(clicked SID) per request before and after, and the mean reward of the samples in each step."""
+    policy = Decoder(toy.model.config, seed=1)
+    reference = Decoder(toy.model.config, seed=1).eval()
+    worker = RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=0, group_size=8, num_experts=num_experts, support="level"))
+    index = SidIndex.build(np.arange(12, dtype=np.int32), 12, np.zeros(12))
+    rewards_of = RewardModel(RewardConfig(), toy.feedback, index)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+    prompts = toy.prompts(requests)
+    clicked = torch.from_numpy(toy.sid_tokens[[2 * row for row in requests]].astype(np.int64))[:, None]
+
+    def probability():
+        with torch.no_grad():
+            return group_log_probs(policy, prompts, clicked).sum(-1).exp()[:, 0]
+
+    before, rewards = probability(), []
+    for step in range(steps):
+        worker.load(step, weights_of(policy))
+        rollout = worker.sample(toy.task(requests, step=step))
+        scored = rewards_of.score(rollout.request_rows, rollout.sid_rows)
+        rewards.append(rollout_health(rollout, scored, np.ones(len(requests), dtype=bool))["reward"])
+        tokens = torch.from_numpy(rollout.tokens).long()
+        loss, _ = alignment_loss(
+            policy,
+            prompts.token_ids,
+            prompts.lengths,
+            None,
+            tokens,
+            torch.from_numpy(rollout.log_probs),
+            torch.from_numpy(scored.values),
+            torch.from_numpy(rollout.experts),
+            reference_levels(reference, prompts, tokens),
+            torch.tensor(1.0),
+            objective=ObjectiveConfig(kl_weight=0.05),
+            support="level",
+            trie=None,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return before, probability(), rewards
+
+
+def test_eg_grpo_raises_the_probability_and_the_reward_of_clicked_sids(toy):
+    before, after, rewards = train(toy, num_experts=2)
+    assert (after > 3 * before).all()
+    assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
+
+
+def test_experts_teach_where_samples_never_hit(toy):
+    _, without, _ = train(toy, num_experts=0, steps=25)
+    _, with_experts, _ = train(toy, num_experts=2, steps=25)
+    assert with_experts.mean() > 1.5 * without.mean()
+
+
+def test_requests_of_a_step_follow_from_seed_and_step():
+    eligible = np.array([3, 5, 8, 13, 21], dtype=np.int64)
+    first = draw_requests(eligible, seed=1, step=4, count=3)
+    assert np.array_equal(first, draw_requests(eligible, seed=1, step=4, count=3))
+    assert len(set(first.tolist())) == 3
+    assert set(first.tolist()) <= set(eligible.tolist())
+    others = [draw_requests(eligible, seed=1, step=step, count=3).tolist() for step in range(5, 25)]
+    assert any(other != first.tolist() for other in others)
+
+
+def test_head_queries_make_up_half_of_the_requests():
+    queries = ["a"] * 4 + ["b"] * 3 + ["c"] * 2 + ["d"]
+    assert frequent_queries(queries).tolist() == [True] * 7 + [False] * 3
+
+
+def test_health_of_a_step_by_hand():
+    rollout = Rollout(
+        version=0,
+        request_rows=np.array([0, 1]),
+        tokens=np.zeros((2, 3, 3), dtype=np.int32),
+        sid_rows=np.array([[4, 4, 7], [-1, 2, 2]], dtype=np.int32),
+        log_probs=np.zeros((2, 3, 3), dtype=np.float32),
+        experts=np.array([[False, False, True], [False, False, False]]),
+        stale_experts=1,
+    )
+    tiers = np.array([[EXPOSED, EXPOSED, CLICKED], [INVALID, CLICKED, VALID]], dtype=np.int8)
+    rewards = Rewards(np.array([[0.5, 0.5, 1.0], [0.0, np.nan, 0.1]], dtype=np.float32), tiers)
+    health = rollout_health(rollout, rewards, np.array([True, False]))
+    assert health["reward"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.0 + 0.1) / 5)
+    assert health["valid_rate"] == pytest.approx(4 / 5)
+    assert health["unique_sids"] == pytest.approx((2 + 1) / 2)
+    assert health["zero_spread"] == 0.0
+    assert health["unusable_rewards"] == pytest.approx(1 / 6)
+    assert health["expert_share"] == pytest.approx(1 / 6)
+    assert health["stale_experts"] == 1.0
+    assert health["hit_rate"] == pytest.approx(1 / 5)
+    assert (health["hit_rate_head"], health["hit_rate_tail"]) == (0.0, pytest.approx(1 / 3))
+    assert [health[f"tier_{name}"] for name in ("invalid", "valid", "exposed", "clicked", "purchased")] == pytest.approx([0.2, 0.2, 0.4, 0.2, 0.0])
+
+
+def test_impossible_objectives_are_listed_together():
+    with pytest.raises(ConfigError, match=r"(?s)clip_low: expected between 0 and 1, got 1.5.*clip_high: expected above 0.*kl_weight: expected at least 0"):
+        from_dict(ObjectiveConfig, {"clip_low": 1.5, "clip_high": 0.0, "kl_weight": -1.0})

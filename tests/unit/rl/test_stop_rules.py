@@ -1,0 +1,89 @@
+"""Stop rules: which collapse ends a run, when, and with which reason."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from genrecall.config import ConfigError, from_dict
+from genrecall.rl.stop_rules import StopConfig, StopRules
+
+HEALTHY = {
+    "valid_rate": 0.8,
+    "unique_sids": 6.0,
+    "entropy_1": 3.0,
+    "entropy_2": 2.0,
+    "entropy_3": 1.0,
+    "kl": 0.01,
+    "reward": 0.4,
+    "unusable_rewards": 0.0,
+}
+
+
+def run(rules, *healths):
+    return [rules.observe(health) for health in healths]
+
+
+def fresh(**kwargs) -> StopRules:
+    rules = StopRules(StopConfig(patience=2, baseline_steps=2, **kwargs))
+    run(rules, HEALTHY, HEALTHY)
+    return rules
+
+
+def test_healthy_run_goes_on():
+    assert run(fresh(), *[HEALTHY] * 50) == [None] * 50
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "rule"),
+    [
+        ("valid_rate", 0.1, "valid_answers"),  # below 0.2 * 0.8
+        ("unique_sids", 1.0, "diverse_groups"),  # below 0.25 * 6
+        ("entropy_2", 0.4, "entropy_2"),  # below 0.25 * 2
+        ("kl", 1.5, "near_reference"),
+        ("reward", 0.1, "reward_holds"),  # below 0.5 * 0.4
+        ("unusable_rewards", 0.6, "usable_rewards"),
+        ("kl", math.nan, "near_reference"),
+    ],
+)
+def test_each_collapse_stops_the_run_with_its_reason(metric, value, rule):
+    sick = {**HEALTHY, metric: value}
+    first, second = run(fresh(), sick, sick)
+    assert first is None
+    assert second.startswith(f"{rule}: {metric} was")
+
+
+def test_reason_names_value_bound_and_steps():
+    sick = {**HEALTHY, "reward": 0.1}
+    assert run(fresh(), sick, sick)[1] == "reward_holds: reward was 0.1, below its bound 0.2, for 2 steps in a row"
+
+
+def test_recovery_resets_the_patience():
+    sick = {**HEALTHY, "kl": 2.0}
+    assert run(fresh(), sick, HEALTHY, sick, HEALTHY, sick) == [None] * 5
+
+
+def test_a_breach_is_seen_before_the_run_ends():
+    rules = fresh()
+    rules.observe({**HEALTHY, "kl": 2.0})
+    assert not rules.healthy
+    rules.observe(HEALTHY)
+    assert rules.healthy
+
+
+def test_disabled_rules_never_stop():
+    assert run(fresh(enabled=False), *[{**HEALTHY, "kl": 99.0}] * 5) == [None] * 5
+
+
+def test_state_survives_json():
+    rules = fresh()
+    rules.observe({**HEALTHY, "kl": 2.0})
+    again = StopRules(rules.config, **json.loads(json.dumps(rules.state())))
+    assert again.observe({**HEALTHY, "kl": 2.0}) is not None
+
+
+def test_impossible_bounds_are_listed_together():
+    with pytest.raises(ConfigError, match=r"(?s)patience: expected at least 1, got 0.*min_reward: expected a share between 0 and 1, got 2.*max_kl"):
+        from_dict(StopConfig, {"patience": 0, "min_reward": 2.0, "max_kl": 0.0})

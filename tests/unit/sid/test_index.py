@@ -1,0 +1,81 @@
+"""The SID -> items index against plain loops."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrecall.sid.index import SidIndex, SidIndexError, load_index, load_sid_table, load_trie
+from genrecall.sid.semantic_id import SidSpace, SidTable
+from genrecall.sid.trie import Trie
+
+
+def plain_expand(item_sid, prior, sid_rows, limit):
+    items, ranks = [], []
+    for rank, sid in enumerate(sid_rows):
+        members = [row for row in range(len(item_sid)) if item_sid[row] == sid]
+        for row in sorted(members, key=lambda row: (-prior[row], row)):
+            items.append(row)
+            ranks.append(rank)
+    return items[: max(limit, 0)], ranks[: max(limit, 0)]
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=40), st.permutations(range(-1, 6)), st.integers(0, 7), st.integers(0, 50))
+def test_expand_equals_a_plain_loop(items, order, take, limit):
+    item_sid = np.array([sid for sid, _ in items], dtype=np.int32)
+    prior = np.array([score for _, score in items], dtype=np.float64)
+    index = SidIndex.build(item_sid, 6, prior)
+    rows, ranks = index.expand(np.array(order[:take], dtype=np.int32), limit)
+    assert (rows.tolist(), ranks.tolist()) == plain_expand(item_sid, prior, order[:take], limit)
+    assert rows.dtype == ranks.dtype == np.int32
+
+
+def test_items_lie_by_prior_score_then_row():
+    index = SidIndex.build(np.array([1, 0, 1, 1]), 2, np.array([0.5, np.nan, 2.0, 0.5]))
+    assert index.items(1).tolist() == [2, 0, 3]
+    assert index.sizes().tolist() == [1, 3]
+    assert index.sizes(np.array([-1, 1])).tolist() == [0, 3]
+    assert index.prior.tolist() == [0.5, 0.0, 2.0, 0.5]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=50))
+def test_every_item_is_in_exactly_one_cluster(item_sid):
+    index = SidIndex.build(np.array(item_sid, dtype=np.int32), 10, np.zeros(len(item_sid)))
+    assert sorted(index.item_rows.tolist()) == list(range(len(item_sid)))
+    assert all(item_sid[row] == sid for sid in range(10) for row in index.items(sid))
+
+
+def test_a_saved_index_reads_back_by_memory_map(tmp_path):
+    index = SidIndex.build(np.array([2, 0, 2]), 3, np.array([1.0, 2.0, 3.0]))
+    index.save(tmp_path)
+    again = SidIndex.load(tmp_path)
+    assert isinstance(again.item_rows, np.memmap)
+    assert again.expand(np.array([2, 0]), 2)[0].tolist() == [2, 0]
+    assert len(again) == 3
+
+
+def test_bad_indexes_are_refused(tmp_path):
+    with pytest.raises(SidIndexError, match="one prior score per item"):
+        SidIndex.build(np.array([0]), 1, np.zeros(2))
+    with pytest.raises(SidIndexError, match="expected SID rows 0 to 0, got 0 to 1"):
+        SidIndex.build(np.array([0, 1]), 1, np.zeros(2))
+    SidIndex.build(np.array([0, 1]), 2, np.zeros(2)).save(tmp_path)
+    np.save(tmp_path / "prior.npy", np.zeros(3, np.float32))
+    with pytest.raises(SidIndexError, match="do not belong together; rerun"):
+        SidIndex.load(tmp_path)
+
+
+def test_readers_open_a_sid_index_folder(tmp_path):
+    space = SidSpace((3, 3, 3), ((1, 1),))
+    table = SidTable.from_item_tokens(space, np.array([[2, 2, 3], [0, 0, 1], [2, 2, 3]]))
+    (tmp_path / "sid_space.json").write_text(space.to_json())
+    Trie.from_tokens(table.tokens, space.alphabet_sizes).save(tmp_path / "trie")
+    SidIndex.build(table.item_sid, len(table), np.zeros(3)).save(tmp_path / "index")
+    again = load_sid_table(tmp_path)
+    assert again.space == space
+    assert again.tokens.tolist() == table.tokens.tolist()
+    assert again.item_sid.tolist() == table.item_sid.tolist()
+    assert len(load_trie(tmp_path)) == 2
+    assert load_index(tmp_path).items(1).tolist() == [0, 2]
