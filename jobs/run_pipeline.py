@@ -24,7 +24,7 @@ def main() -> None:
     print(f"registered  models:/{version.text}   {promotion}")
     print("\nnext:")
     print(f"  make serve MODEL=models:/{version.name}@champion      # answers on http://127.0.0.1:8000")
-    print("  curl -s http://127.0.0.1:8000/v1/recall -H 'content-type: application/json' -d '{\"query\": \"...\", \"limit\": 5}'")
+    print('  curl -s http://127.0.0.1:8000/v1/recall -H \'content-type: application/json\' -d \'{"query": "...", "limit": 5}\'')
     print("  make mlflow                                            # runs, metrics, versions and aliases on http://127.0.0.1:5000")
 
 

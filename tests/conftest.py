@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import genrecall.ray_environment  # noqa: F401, I001 - before Ray
-
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import genrecall.ray_environment  # noqa: F401 - before Ray
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -145,3 +145,14 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
 
     bundle.parts = parts  # type: ignore[attr-defined]
     return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """The whole line of the recipe `tiny`, run once: every stage's artifact lies under its home."""
+    home = tmp_path_factory.mktemp("home")
+    where = Places(home=str(home), data=str(ROOT), tracking_uri=f"sqlite:///{home}/mlflow.db")
+    use_tracking(where)
+    pipeline = Pipeline(RECIPES["tiny"](), where)
+    pipeline.run_all()
+    return pipeline

@@ -184,7 +184,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
         value = values[name]
         group = _group_of(hint)
         if group is not None and isinstance(value, (Mapping, group)):
-            arguments[name] = value if isinstance(value, group) else _build(group, value, f"{prefix}{name}.", problems)
+            arguments[name] = _build(group, value, f"{prefix}{name}.", problems) if isinstance(value, Mapping) else value
             continue
         problem = _check(hint, value)
         if problem:

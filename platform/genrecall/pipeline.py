@@ -7,8 +7,6 @@ Artifacts lie under `GENRECALL_HOME/<recipe name>/`. A stage alone (`jobs/train_
 
 from __future__ import annotations
 
-import genrecall.ray_environment  # noqa: F401, I001 - before Ray
-
 import argparse
 import json
 import logging
@@ -17,12 +15,15 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
 from genrecall.config import ConfigError, Places, apply_overrides, places, to_dict
 from genrecall.data.search_logs import prepare_data
 from genrecall.encoders.contrastive import train_encoder
 from genrecall.evaluation.offline import evaluate
+from genrecall.evaluation.records import headline_metrics
 from genrecall.generator.sft import train_generator
 from genrecall.quantization.cq_sid import train_quantizer
 from genrecall.ranking.ranker import train_ranker
@@ -33,7 +34,7 @@ from genrecall.registry.versions import Version
 from genrecall.rl.eg_grpo import align_generator
 from genrecall.sid.build import build_sid_index
 from genrecall.storage import Artifact, open_artifact, read_manifest
-from genrecall.tracking import metric_name, stage_run, use_tracking
+from genrecall.tracking import stage_run, use_tracking
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,9 @@ class Pipeline:
 
     def encoder(self) -> Artifact:
         config, dataset = self.recipe.encoder, self.existing("dataset")
-        return self._stage("encoder", config, lambda run: train_encoder(config, dataset=dataset, uri=self.uri("encoder"), train=self._train(run), force=self.force))
+        return self._stage(
+            "encoder", config, lambda run: train_encoder(config, dataset=dataset, uri=self.uri("encoder"), train=self._train(run), force=self.force)
+        )
 
     def quantizer(self, variant: str = MAIN_VARIANT) -> Artifact:
         name, config = f"{variant}/quantizer", self.recipe.quantizer_of(variant)
@@ -127,13 +130,16 @@ class Pipeline:
         config = self.recipe.bundle
         inputs = {name: self.existing(name) for name in ("dataset", "encoder", "evaluation")}
         inputs |= {name: self.existing(f"{MAIN_VARIANT}/{name}") for name in ("quantizer", "sid_index", "generator")}
-        return self._stage("bundle", config, lambda run: build_bundle(config, **inputs, aligned=self._existing_aligned(), uri=self.uri("bundle"), force=self.force))
+        return self._stage(
+            "bundle", config, lambda run: build_bundle(config, **inputs, aligned=self._existing_aligned(), uri=self.uri("bundle"), force=self.force)
+        )
 
     def run_all(self) -> dict[str, Artifact]:
         """Every stage in order; returns the artifacts by name."""
         steps: list[tuple[str, Callable[[], Artifact | None]]] = [("dataset", self.dataset), ("encoder", self.encoder)]
         for variant in self.recipe.variants:
-            steps += [(f"{variant}/{part}", lambda part=part, variant=variant: getattr(self, part)(variant)) for part in ("quantizer", "sid_index", "generator")]
+            stages = {"quantizer": self.quantizer, "sid_index": self.sid_index, "generator": self.generator}
+            steps += [(f"{variant}/{part}", partial(stage, variant)) for part, stage in stages.items()]
         steps += [("ranker", self.ranker), ("aligned", self.aligned), ("evaluation", self.evaluation), ("bundle", self.bundle)]
         self._total = len(steps)
         made: dict[str, Artifact] = {}
@@ -174,7 +180,9 @@ def tag_stage(artifact: Artifact, *, reused: bool) -> None:
     mlflow.log_metrics({f"rows.{name}": float(count) for name, count in artifact.manifest["row_counts"].items()})
 
 
-def command_line(description: str, argv: list[str] | None = None, *, extra: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Pipeline, argparse.Namespace]:
+def command_line(
+    description: str, argv: list[str] | None = None, *, extra: Mapping[str, Mapping[str, Any]] | None = None
+) -> tuple[Pipeline, argparse.Namespace]:
     """Parse a job's command line: `--recipe NAME [--force] [--print-config] key=value ...`.
 
     Exits with status 2 and all problems where the configuration cannot be used, before Ray starts.
@@ -210,16 +218,6 @@ def quiet_libraries() -> None:
     for name in ("ray", "mlflow", "alembic", "matplotlib", "fontTools", "urllib3", "faiss", "faiss.loader", "bm25s", "fsspec", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def headline_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the registry shows beside a version: channels and the served variant, as `table/row/metric`."""
-    shown = ("channels", "personalised", "semantic")
-    return {
-        metric_name(f"{record['table']}/{record['row']}/{record['metric']}"): float(record["value"])
-        for record in metrics["records"]
-        if record["table"] in shown and not record["slice"] and record["value"] is not None
-    }
 
 
 def register_bundle(pipeline: Pipeline) -> Version:

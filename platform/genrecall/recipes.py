@@ -158,6 +158,4 @@ def paper() -> Recipe:
     )
 
 
-RECIPES: Mapping[str, Callable[[], Recipe]] = {
-    recipe.__name__: recipe for recipe in (marketplace, tiny, home_depot, amazon_scientific, site, ubi, paper)
-}
+RECIPES: Mapping[str, Callable[[], Recipe]] = {recipe.__name__: recipe for recipe in (marketplace, tiny, home_depot, amazon_scientific, site, ubi, paper)}

@@ -185,7 +185,10 @@ def open_artifact(uri: str, *, kind: str | None = None) -> Artifact:
     """
     manifest = read_manifest(uri)
     if manifest is None:
-        raise ArtifactError(f"{uri}: no {kind or 'artifact'} here (no {MANIFEST}); run the job that makes it" + (f" (jobs/train_{kind}.py or jobs/run_pipeline.py)" if kind else ""))
+        raise ArtifactError(
+            f"{uri}: no {kind or 'artifact'} here (no {MANIFEST}); run the job that makes it"
+            + (f" (jobs/train_{kind}.py or jobs/run_pipeline.py)" if kind else "")
+        )
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError(f"{uri}: expected an artifact of kind {kind!r}, found {manifest.get('kind')!r}")
     path = _download(uri, manifest) if "://" in uri else Path(uri)
@@ -204,7 +207,9 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{uri}/{MANIFEST}: not JSON ({error}); rerun the job that made it with --force") from error
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(f"{uri}: artifact format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}; rerun jobs/{manifest.get('job')}.py")
+        raise ArtifactError(
+            f"{uri}: artifact format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION}; rerun jobs/{manifest.get('job')}.py"
+        )
     return dict(manifest)
 
 

@@ -10,11 +10,10 @@ whose hooks gather stage 3's shards, and the models here are far below the size 
 
 from __future__ import annotations
 
-import genrecall.ray_environment  # noqa: F401, I001 - before Ray
-
 import contextlib
 import functools
 import io
+import itertools
 import json
 import logging
 import math
@@ -32,8 +31,10 @@ import ray
 import torch
 from ray import train as ray_train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor, nn
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
 from genrecall.device import default_device, default_dtype
 from genrecall.storage import Stage
 from genrecall.tracking import MetricLog
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _STATE = "state.json"
+_SHOWN_METRICS = 8  # in a progress line; MLflow gets all of them
 
 
 class TrainingError(RuntimeError):
@@ -62,7 +64,11 @@ class TrainSettings:
     tracking_run_id: str | None = None
 
     def problems(self) -> list[str]:
-        found = [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("num_workers", "cpus_per_worker", "checkpoint_every_steps") if getattr(self, name) < 1]
+        found = [
+            f"{name}: must be at least 1, got {getattr(self, name)}"
+            for name in ("num_workers", "cpus_per_worker", "checkpoint_every_steps")
+            if getattr(self, name) < 1
+        ]
         if self.use_gpu and not torch.cuda.is_available():
             found.append("use_gpu: no CUDA device is visible here; set train.use_gpu=false")
         return found
@@ -105,7 +111,7 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
     """
     ensure_ray()
     needed = train.num_workers * train.cpus_per_worker
-    available = int(ray.cluster_resources().get("CPU", 0))
+    available = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     if needed > available:
         raise TrainingError(
             f"{name}: asks for {train.num_workers} workers x {train.cpus_per_worker} CPUs, the cluster has {available}; "
@@ -133,7 +139,7 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
     )
     try:
         result = trainer.fit()
-    except ray_train.v2.api.exceptions.TrainingFailedError as error:
+    except TrainingFailedError as error:
         raise TrainingError(f"{name}: training failed; rerun the same job to go on from the last checkpoint in {stage.work_uri}: {error}") from error
     if result.checkpoint is None:
         raise TrainingError(f"{name}: the loop ended without TrainWorker.finish()")
@@ -270,7 +276,7 @@ class TrainWorker:
             self._flush()
             done = step + 1 - self._first_step
             left_s = (now - self._started) / max(1, done) * (self.total_steps - step - 1)
-            values = "  ".join(f"{k} {float(v.detach() if isinstance(v, Tensor) else v):.4g}" for k, v in metrics.items())
+            values = "  ".join(f"{k} {float(v.detach() if isinstance(v, Tensor) else v):.4g}" for k, v in itertools.islice(metrics.items(), _SHOWN_METRICS))
             logger.info("%s: step %d/%d  %s  (about %d s left)", self.name, step + 1, self.total_steps, values, left_s)
 
     def checkpoint_due(self, step: int) -> bool:

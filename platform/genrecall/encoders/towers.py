@@ -93,8 +93,7 @@ class NgramTowers(Towers):
         (query_buckets, query_offsets), (item_buckets, item_offsets) = query_tokens, item_tokens
         offsets = torch.cat([query_offsets[:-1], item_offsets + query_offsets[-1]])
         vectors = self.embed((torch.cat([query_buckets, item_buckets]), offsets), "item")
-        queries, items = vectors.split([len(query_offsets) - 1, len(item_offsets) - 1])
-        return queries, items
+        return vectors[: len(query_offsets) - 1], vectors[len(query_offsets) - 1 :]
 
 
 def document_frequency(ngrams: NgramBatch, num_buckets: int) -> np.ndarray:

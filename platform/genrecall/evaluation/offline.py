@@ -44,10 +44,6 @@ HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "ge
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
 ALIGNED = "aligned"
-_SID_SLICE_METRICS = ("clk@1", "clk@10", "clk@100", "hit@items10", "hit@items100")
-_CHANNEL_SLICE_METRICS = ("recall@10", "recall@100", "hit@10", "marginal@100", "missed_found@100", "junk@10")
-_GAIN_METRICS = ("clk@1", "clk@10", "clk@100", "exp@1", "exp@10", "pvr@10", "hit@items10", "hit@items50", "hit@items100", "hit@items1000")
-_MISS_METRICS = ("clk@100", "hit@items100")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +189,10 @@ def evaluate(
     slices = request_slices(data.requests, data.train, data.sample, query_kind=data.query_kind, bm25_matches=matches)
     records = maker.means(results, data.sample.primary) + _gains(maker, config, results, data.sample.primary)
     for one in slices:
-        records += _slice_records(maker, results, one)
+        records += _slice_records(maker, config, results, one)
     cold = Slice("cold_items", "only targets without a training event", data.sample.primary)
     if bool(cold_items(popularity(data.train, len(data.catalog)))[tiers.clicked.item].any()):
-        records += _slice_records(maker, measure(tiers.only_items(cold_items(popularity(data.train, len(data.catalog))))), cold)
+        records += _slice_records(maker, config, measure(tiers.only_items(cold_items(popularity(data.train, len(data.catalog))))), cold)
         slices.append(cold)
     for variant, index in indexes.items():
         for table in [table for table, row in lists if row == variant]:
@@ -353,16 +349,22 @@ def _gain_pairs(config: EvaluationConfig, results: Results) -> list[tuple[str, s
 
 def _gains(maker: RecordMaker, config: EvaluationConfig, results: Results, requests: np.ndarray) -> list[Record]:
     records = []
+    recalls, hits = [f"recall@{k}" for k in config.cuts], [f"hit@items{budget}" for budget in config.item_budgets]
+    lists = [f"{name}@{n}" for name in ("clk", "exp", "pvr", "buy") for n in config.beams] + hits
+    misses = [f"clk@{max(config.beams)}", *hits]
     for table, row, base in _gain_pairs(config, results):
-        names = [f"recall@{k}" for k in config.cuts] if table == "channels" else _GAIN_METRICS
-        records += maker.gains(results, requests, table, row, base, metrics=names, misses=() if table == "channels" else _MISS_METRICS)
+        names, lost = (recalls, []) if table == "channels" else (lists, misses)
+        records += maker.gains(results, requests, table, row, base, metrics=names, misses=lost)
     return records
 
 
-def _slice_records(maker: RecordMaker, results: Results, one: Slice) -> list[Record]:
-    records = maker.means(results, one.requests, slice_name=one.name, weights=one.weights, metrics=_SID_SLICE_METRICS + _CHANNEL_SLICE_METRICS)
+def _slice_records(maker: RecordMaker, config: EvaluationConfig, results: Results, one: Slice) -> list[Record]:
+    by_cut = [f"{name}@{k}" for name in ("recall", "hit", "marginal", "missed_found", "junk") for k in config.cuts]
+    by_list = [*(f"clk@{n}" for n in config.beams), *(f"hit@items{budget}" for budget in config.item_budgets)]
+    records = maker.means(results, one.requests, slice_name=one.name, weights=one.weights, metrics=by_cut + by_list)
+    recalls = [f"recall@{k}" for k in config.cuts]
     for row, base in (("rrf_all", "rrf_bm25_dense"), ("generative", "dense")):
-        gains = maker.gains(results, one.requests, "channels", row, base, metrics=("recall@10", "recall@100"), slice_name=one.name, weights=one.weights)
+        gains = maker.gains(results, one.requests, "channels", row, base, metrics=recalls, slice_name=one.name, weights=one.weights)
         records += gains
     return records
 

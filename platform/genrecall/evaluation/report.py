@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from genrecall.evaluation.records import find
-from genrecall.evaluation.results_table import CHANNEL_METRICS, VARIANT_METRICS, gain_records, meaning, row_name, rows_of, show
+from genrecall.evaluation.results_table import channel_metrics, cuts_of, gain_records, meaning, row_name, rows_of, show, variant_metrics
 from genrecall.storage import Artifact
 
 OURS, OTHERS, GREY = "#c2410c", "#475569", "#cbd5e1"
@@ -150,11 +150,12 @@ def _table(metrics: Mapping[str, Any], table: str, names: Sequence[str], *, ours
 
 
 def _channel_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    names = [*CHANNEL_METRICS[:-1], "hit@100", "marginal@100", "missed_found@100"]
-    about = "Share of clicked targets among a channel's first 10 and 100 items. marginal@100: targets that neither BM25, dense nor their hybrid finds; missed_found@100: the part of what those miss."
+    small, large = cuts_of(metrics)
+    names = [*channel_metrics(metrics)[:-1], f"hit@{large}", f"marginal@{large}", f"missed_found@{large}"]
+    about = f"Share of clicked targets among a channel's first {small} and {large} items. marginal: targets that neither BM25, dense nor their hybrid finds; missed_found: the part of what those miss."
     rows = rows_of(metrics, "channels")
     figure, axes = _figure(2, width=10.5, height=3.4)
-    for axis, name in zip(axes, ("recall@10", "recall@100"), strict=True):
+    for axis, name in zip(axes, (f"recall@{small}", f"recall@{large}"), strict=True):
         _bars(axis, metrics, "channels", rows, name, highlight=("generative", "rrf_all"))
     return _section(
         "Recall by channel",
@@ -173,7 +174,7 @@ def _variant_section(metrics: Mapping[str, Any], table: str) -> dict[str, Any] |
         "semantic": "Stage 2: the model reads the query alone.",
         "personalised": "Stage 3 and, after alignment, stage 4: the model reads the query and the shopper.",
     }[table]
-    names = [*VARIANT_METRICS, "exp@10", "pvr@10", "buy@10"]
+    names = [*variant_metrics(metrics), "exp@10", "pvr@10", "buy@10"]
     body = _table(metrics, table, names, ours=(metrics["main"], metrics["served"]))
     for row, content in zip(rows, body, strict=True):
         size = find(metrics, table, row, "items_per_sid") or find(metrics, table, metrics["main"], "items_per_sid")
@@ -214,13 +215,14 @@ def _curve_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slice_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    at = cuts_of(metrics)[1]
     rows, drawn = [], []
     for name, about in [("", "headline requests"), *metrics["slices"].items()]:
-        values = [find(metrics, "channels", row, "recall@100", name) for row in ("bm25", "dense", "generative", "rrf_bm25_dense", "rrf_all")]
+        values = [find(metrics, "channels", row, f"recall@{at}", name) for row in ("bm25", "dense", "generative", "rrf_bm25_dense", "rrf_all")]
         if not any(values):
             continue
-        extra = [_cell(find(metrics, "channels", "generative", metric, name)) for metric in ("marginal@100", "missed_found@100")]
-        gain = _gain_cell(find(metrics, "channels", "rrf_all", "recall@100_gain_vs_rrf_bm25_dense", name))
+        extra = [_cell(find(metrics, "channels", "generative", metric, name)) for metric in (f"marginal@{at}", f"missed_found@{at}")]
+        gain = _gain_cell(find(metrics, "channels", "rrf_all", f"recall@{at}_gain_vs_rrf_bm25_dense", name))
         first = next(value for value in values if value)
         rows.append(
             _row(
@@ -244,17 +246,20 @@ def _slice_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
         heights = [np.nan if record is None or record["value"] is None else float(record["value"]) for record in chosen]
         axes[0].bar(np.arange(len(drawn)) + (number - 1) * width, heights, width, color=colour, label=label)
     axes[0].set_xticks(np.arange(len(drawn)), [name.replace("_", "\n") for name, _ in drawn], fontsize=8.5)
-    axes[0].set_ylabel("recall@100")
+    axes[0].set_ylabel(f"recall@{at}")
     axes[0].legend(frameon=False, ncols=3, fontsize=8.5, loc="lower right", bbox_to_anchor=(1, 1))
     header = ["slice", "requests", "BM25", "dense", "generative", "RRF without", "RRF with", "marginal", "of missed", "gain of RRF"]
-    return _section("Slices: recall@100", "", header, rows, [_image(figure, "Recall@100 by slice")])
+    return _section(f"Slices: recall@{at}", "", header, rows, [_image(figure, f"Recall@{at} by slice")])
 
 
 def _judged_section(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    names = ["judged@10", "junk@10", "ndcg@10", "condensed_ndcg@10", "condensed_recall@10"]
-    if find(metrics, "channels", "generative", "junk@10") is None:
+    at = cuts_of(metrics)[0]
+    names = [f"{name}@{at}" for name in ("judged", "junk", "ndcg", "condensed_ndcg", "condensed_recall")]
+    if find(metrics, "channels", "generative", f"junk@{at}") is None:
         return _section("Judgements")
-    about = "judged: share of the first 10 answers that a human judged; junk: share of those below grade 2.0; condensed: the ranking without unjudged answers."
+    about = (
+        f"judged: share of the first {at} answers that a human judged; junk: share of those below grade 2.0; condensed: the ranking without unjudged answers."
+    )
     return _section("Judgements", about, ["channel", *names], _table(metrics, "channels", names, ours=("generative", "rrf_all")))
 
 

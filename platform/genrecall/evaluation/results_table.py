@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,6 @@ CHANNEL_NAMES = {
     "rrf_bm25_dense": "RRF of BM25 + dense",
     "rrf_all": "RRF of BM25 + dense + generative",
 }
-CHANNEL_METRICS = ("recall@10", "recall@100", "hit@10", "marginal@100")
-VARIANT_METRICS = ("clk@1", "clk@10", "clk@100", "hit@items10", "hit@items100")
 _VARIANT_NAMES = {
     "cqsid": "CQ-SID",
     "rqvae": "RQ-VAE",
@@ -26,6 +25,7 @@ _VARIANT_NAMES = {
     "cqsid_aligned": "CQ-SID + EG-GRPO",
 }
 _ABSENT = "n/a"
+_WIDTH = 118
 
 
 def results_table(metrics: Mapping[str, Any]) -> str:
@@ -43,7 +43,24 @@ def results_table(metrics: Mapping[str, Any]) -> str:
     gains = _gain_lines(metrics)
     if gains:
         parts.append("\n".join(["Paired gains (95 % interval)", *gains]))
-    return "\n\n".join([*parts, meaning(metrics)])
+    return "\n\n".join([*parts, textwrap.fill(meaning(metrics), _WIDTH)])
+
+
+def cuts_of(metrics: Mapping[str, Any]) -> tuple[int, int]:
+    """The smallest and the largest k of recall@k."""
+    return min(metrics["config"]["cuts"]), max(metrics["config"]["cuts"])
+
+
+def channel_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """The columns of the channels' table."""
+    small, large = cuts_of(metrics)
+    return [f"recall@{small}", f"recall@{large}", f"hit@{small}", f"marginal@{large}"]
+
+
+def variant_metrics(metrics: Mapping[str, Any]) -> list[str]:
+    """The columns of the variants' tables: every beam, and budgets of items up to a hundred."""
+    budgets = [budget for budget in metrics["config"]["item_budgets"] if budget in (10, 100)] or metrics["config"]["item_budgets"][:2]
+    return [*(f"clk@{n}" for n in metrics["config"]["beams"]), *(f"hit@items{budget}" for budget in budgets)]
 
 
 def row_name(row: str) -> str:
@@ -79,33 +96,32 @@ def show_gain(record: Record | None) -> str:
 
 def meaning(metrics: Mapping[str, Any]) -> str:
     """One sentence: what the channel adds to the site's other channels."""
-    gain = find(metrics, "channels", "rrf_all", "recall@100_gain_vs_rrf_bm25_dense")
-    new = find(metrics, "channels", "generative", "missed_found@100")
+    at = cuts_of(metrics)[1]
+    gain = find(metrics, "channels", "rrf_all", f"recall@{at}_gain_vs_rrf_bm25_dense")
+    new = find(metrics, "channels", "generative", f"missed_found@{at}")
     found = (
         f" Of the targets that BM25, dense and their hybrid miss, it finds {100 * new['value']:.1f} %." if new is not None and new["value"] is not None else ""
     )
     if gain is None or gain["value"] is None or gain["low"] is None:
         return "What it means: the hybrid with our channel was not measured against the one without." + found
     if gain["low"] > 0:
-        verdict = f"adding the generative channel to BM25 + dense raises recall@100 by {show_gain(gain)}: ahead, the interval lies above zero."
+        verdict = f"adding the generative channel to BM25 + dense raises recall@{at} by {show_gain(gain)}: ahead, the interval lies above zero."
     elif gain["high"] is not None and gain["high"] < 0:
-        verdict = f"adding the generative channel to BM25 + dense lowers recall@100, by {show_gain(gain)}: do not ship this version."
+        verdict = f"adding the generative channel to BM25 + dense lowers recall@{at}, by {show_gain(gain)}: do not ship this version."
     else:
-        verdict = f"adding the generative channel to BM25 + dense changes recall@100 by {show_gain(gain)}: no gain is proven, the interval holds zero."
+        verdict = f"adding the generative channel to BM25 + dense changes recall@{at} by {show_gain(gain)}: no gain is proven, the interval holds zero."
     return "What it means: " + verdict + found
 
 
 def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[Record]]]:
     """The gains worth showing: (table, row, base, records)."""
-    wanted: list[tuple[str, str, str, tuple[str, ...]]] = [
-        ("channels", "rrf_all", "rrf_bm25_dense", ("recall@10", "recall@100")),
-        ("channels", "generative", "dense", ("recall@10", "recall@100")),
-    ]
+    recalls, variants = channel_metrics(metrics)[:2], variant_metrics(metrics)
+    wanted = [("channels", "rrf_all", "rrf_bm25_dense", recalls), ("channels", "generative", "dense", recalls)]
     main, served = metrics["main"], metrics["served"]
     for table in ("semantic", "personalised"):
-        wanted.append((table, main, "rqvae", ("clk@1", "clk@10", "clk@100", "hit@items100")))
+        wanted.append((table, main, "rqvae", [*variants[:3], variants[-1]]))
     if served != main:
-        wanted.append(("personalised", served, main, ("clk@1", "clk@10", "pvr@10")))
+        wanted.append(("personalised", served, main, [*variants[:2], "pvr@10"]))
     found = []
     for table, row, base, names in wanted:
         records = [find(metrics, table, row, f"{name}_gain_vs_{base}") for name in names]
@@ -116,30 +132,32 @@ def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[R
 
 
 def _channels(metrics: Mapping[str, Any]) -> str:
+    names = channel_metrics(metrics)
     rows = [
-        [row_name(row), *(show(find(metrics, "channels", row, name), interval=name in ("recall@10", "recall@100")) for name in CHANNEL_METRICS)]
+        [row_name(row), *(show(find(metrics, "channels", row, name), interval=name.startswith("recall")) for name in names)]
         for row in rows_of(metrics, "channels")
     ]
     for row in rows:
         row[-1] = "" if row[-1] == _ABSENT and row[0] != CHANNEL_NAMES["generative"] else row[-1]
-    return _aligned(["Recall channels", *CHANNEL_METRICS], rows)
+    return _aligned(["Recall channels", *names], rows)
 
 
 def _variants(metrics: Mapping[str, Any], table: str, about: str) -> str:
     rows = []
     for row in rows_of(metrics, table):
         size = find(metrics, table, row, "items_per_sid") or find(metrics, table, metrics["main"], "items_per_sid")
-        values = [show(find(metrics, table, row, name)) for name in VARIANT_METRICS]
+        values = [show(find(metrics, table, row, name)) for name in variant_metrics(metrics)]
         rows.append([row_name(row), _ABSENT if size is None else f"{size['value']:.1f}", *values])
-    return _aligned([about, "items/SID", *VARIANT_METRICS], rows) if rows else ""
+    return _aligned([about, "items/SID", *variant_metrics(metrics)], rows) if rows else ""
 
 
 def _gain_lines(metrics: Mapping[str, Any]) -> list[str]:
     lines = []
     for table, row, base, records in gain_records(metrics):
-        values = "   ".join(f"{record['metric'].split('_gain')[0]} {show_gain(record)}" for record in records)
+        values = [f"{record['metric'].split('_gain')[0]} {show_gain(record)}" for record in records]
         where = "" if table == "channels" else f" ({table})"
-        lines.append(f"  {row_name(row)} over {row_name(base)}{where}:\n      {values}")
+        lines.append(f"  {row_name(row)} over {row_name(base)}{where}:")
+        lines += ["      " + "   ".join(values[begin : begin + 3]) for begin in range(0, len(values), 3)]
     return lines
 
 

@@ -89,7 +89,7 @@ class Bundle:
     def rows_of(self, item_ids: Iterable[str]) -> np.ndarray:
         """int32 item rows of ids, in their order; unknown ids are left out."""
         # Binary search over the Arrow column: a dict of 2e7 ids would take gigabytes in every replica.
-        rows = ((one, bisect.bisect_left(self._ids, one, key=pa.Scalar.as_py)) for one in item_ids)
+        rows = ((one, bisect.bisect_left(self._ids, one, key=lambda found: found.as_py())) for one in item_ids)
         return np.asarray([row for one, row in rows if row < len(self._ids) and self._ids[row].as_py() == one], dtype=np.int32)
 
     def ids_of(self, item_rows: Sequence[int] | np.ndarray) -> list[str]:

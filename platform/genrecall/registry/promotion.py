@@ -6,22 +6,44 @@ before: one alias each, nothing is copied.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Mapping
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.types.schema import Array, ColSpec, ParamSchema, ParamSpec, Schema
 
 from genrecall.evaluation.gates import GateConfig, GateReport, check_gates
-from genrecall.registry.versions import CHALLENGER, CHAMPION, MANIFEST_TAG, PROMOTED_AT_TAG, RegistryError, Version, fetch_bundle, is_address, resolve
+from genrecall.registry.versions import (
+    BUNDLE_FOLDER,
+    CHALLENGER,
+    CHAMPION,
+    MANIFEST_TAG,
+    PROMOTED_AT_TAG,
+    RegistryError,
+    Version,
+    fetch_bundle,
+    is_address,
+    resolve,
+)
 from genrecall.storage import MANIFEST, Artifact, open_artifact, sha256_of
 
 PREVIOUS_TAG = "genrecall.previous_champion"
 _PYFUNC_MODEL = Path(__file__).with_name("pyfunc_model.py")
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string", "query")]),
+    outputs=Schema([ColSpec(Array("string"))]),
+    params=ParamSchema([ParamSpec("beam_size", "long", 20), ParamSpec("limit", "long", 100)]),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +76,32 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
     if mlflow.active_run() is None:
         with mlflow.start_run(run_name="register_model"):
             return register(bundle, model_name, metrics=metrics)
-    info = mlflow.pyfunc.log_model(
-        name="bundle",
-        python_model=str(_PYFUNC_MODEL),
-        artifacts={"bundle": str(bundle.path)},
-        pip_requirements=[],
-        registered_model_name=model_name,
-    )
+    with _under_its_name(bundle) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # advice on type hints and input examples; the signature says it all
+        info = mlflow.pyfunc.log_model(
+            name="bundle",
+            python_model=str(_PYFUNC_MODEL),
+            artifacts={"bundle": str(folder)},
+            signature=_SIGNATURE,
+            pip_requirements=[],
+            registered_model_name=model_name,
+        )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id)
     number = str(info.registered_model_version)
     client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)
     client.set_registered_model_alias(model_name, CHALLENGER, number)
     return resolve(f"models:/{model_name}/{number}", client)
+
+
+@contextlib.contextmanager
+def _under_its_name(bundle: Artifact) -> Iterator[Path]:
+    """The bundle's folder under the name it has inside a logged model: MLflow keeps the name of the folder it is given, and follows no links."""
+    name = Path(BUNDLE_FOLDER).name
+    if bundle.path.name == name:
+        yield bundle.path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(shutil.copytree(bundle.path, Path(folder, name)))
 
 
 def promote(version: Version, gates: GateConfig) -> GateReport:

@@ -23,17 +23,8 @@ class RecallModel(PythonModel):  # type: ignore[misc]
         self._bundle = load_bundle(context.artifacts["bundle"])
 
     def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[list[str]]:
-        """Item ids for each row's query, best first; `params`: beam_size (default 20) and limit (default 100).
-
-        Raises:
-            ValueError: no `query` column, or an unknown parameter.
-        """
-        settings = {"beam_size": 20, "limit": 100}
-        if unknown := set(params or {}) - set(settings):
-            raise ValueError(f"params: unknown {', '.join(sorted(unknown))}; known: {', '.join(settings)}")
-        if "query" not in model_input:
-            raise ValueError(f"expected a column `query`, got {', '.join(map(str, model_input.columns))}")
-        settings |= params or {}
+        """Item ids for each row's query, best first; `params`: beam_size (default 20) and limit (default 100)."""
+        settings = {"beam_size": 20, "limit": 100} | (params or {})
         queries = [str(query) for query in model_input["query"]]
         nothing, no_history = [None] * len(queries), [np.zeros(0, np.int32)] * len(queries)
         results = self._bundle.retriever.recall(queries, nothing, nothing, no_history, beam_size=int(settings["beam_size"]), limit=int(settings["limit"]))

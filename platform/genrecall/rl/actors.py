@@ -25,7 +25,7 @@ from genrecall.rl.rollout import Rollout, RolloutTask
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_ATTEMPTS = 4
+_ATTEMPTS = 3
 
 
 class ActorPoolError(RuntimeError):
@@ -107,7 +107,7 @@ class Supervisor:
                 if isinstance(error, GetTimeoutError):
                     call.actor.kill()
                 call.actor.forget()
-                time.sleep(0.2 * 2**attempt)  # a killed actor's name is free a moment later
+                time.sleep(0.5 * attempt)  # a killed actor's name is free a moment later
                 call.reference = call.make(call.actor.handle)
         raise AssertionError("unreachable")
 

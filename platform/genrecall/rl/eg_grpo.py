@@ -57,6 +57,7 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 logger = logging.getLogger(__name__)
 
 ALGORITHM_VERSION = 1
+_SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
 _ANCHOR_STREAM = 0xA9C4_0125
 _CHECKPOINT_EVERY = 50  # a step here costs far more than one of supervised training
 
@@ -183,7 +184,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             "seconds_update": time.monotonic() - updating,
         }
         health.append(row)
-        worker.log((step + 1) * config.updates_per_rollout - 1, {name: value for name, value in row.items() if name != "step"})
+        worker.log((step + 1) * config.updates_per_rollout - 1, {name: row[name] for name in sorted(row, key=_by_interest) if name != "step"})
         reason = rules.observe(row)
         if reason:
             if worker.rank == 0:
@@ -232,7 +233,7 @@ def _update(
     mine = np.arange(worker.rank, len(rollout.request_rows), worker.world_size)
     rows = rollout.request_rows[mine]
     asked = prompts.of(rows).to(device)
-    answers = torch.from_numpy(rollout.tokens[mine].astype(np.int64)).to(device)
+    answers = torch.tensor(rollout.tokens[mine], dtype=torch.int64, device=device)
     levels = _reference_levels(reference, asked, answers, config, trie)
     anchors: tuple[Tensor, ...] = ()
     if config.objective.sft_anchor_weight:
@@ -245,9 +246,9 @@ def _update(
         asked.lengths,
         asked.soft,
         answers,
-        torch.from_numpy(rollout.log_probs[mine]).to(device),
-        torch.from_numpy(experience.rewards.values[mine]).to(device),
-        torch.from_numpy(rollout.experts[mine]).to(device),
+        torch.tensor(rollout.log_probs[mine], device=device),
+        torch.tensor(experience.rewards.values[mine], device=device),
+        torch.tensor(rollout.experts[mine], device=device),
         levels,
         torch.tensor(weight, device=device),
         *anchors,
@@ -297,6 +298,11 @@ def _load(model: Decoder, weights: Mapping[str, NDArray[np.float32]]) -> None:
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(torch.from_numpy(weights[name]))
+
+
+def _by_interest(name: str) -> int:
+    """Sort key that puts what a progress line shows first."""
+    return _SHOWN_FIRST.index(name) if name in _SHOWN_FIRST else len(_SHOWN_FIRST)
 
 
 def _mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

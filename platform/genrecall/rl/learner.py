@@ -166,7 +166,7 @@ def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) 
     finite = np.isfinite(rewards.values)
     tiers = np.bincount(rewards.tiers[own], minlength=len(TIER_NAMES)) / count
     hits = own & (rewards.tiers >= CLICKED)
-    values = torch.from_numpy(np.asarray(rewards.values, dtype=np.float32))
+    values = torch.tensor(rewards.values, dtype=torch.float32)
     return {
         "reward": float(np.where(finite, rewards.values, 0.0)[own].sum() / count),
         "group_reward": float(np.where(finite, rewards.values, 0.0).mean()),

@@ -223,7 +223,7 @@ def test_brief_training_brings_misspelt_queries_and_unseen_synonyms_to_their_ite
 
 def test_a_batch_too_small_for_its_workers_is_refused_before_anything_starts(tmp_path):
     dataset = Artifact(uri="nowhere", path=tmp_path, manifest={})
-    with pytest.raises(ValueError, match="encoder.batch_size: 4 rows for 3 workers leave fewer than 2 each"):
+    with pytest.raises(ValueError, match=r"encoder\.batch_size: 4 rows for 3 workers leave fewer than 2 each"):
         train_encoder(EncoderConfig(batch_size=4), dataset=dataset, uri=str(tmp_path / "encoder"), train=TrainSettings(num_workers=3))
 
 

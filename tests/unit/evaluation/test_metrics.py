@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -238,7 +239,7 @@ def test_hits_never_fall_with_a_wider_beam_or_a_larger_budget(world: tuple[np.nd
     pairs = targets(*clicked)
     order = cluster_order(item_sid, int(item_sid.max()) + 1, scores)
     budgets = hit_items(lists, item_sid, order, pairs, list(range(1, 14)))
-    assert all((np.nan_to_num(after) >= np.nan_to_num(before) - 1e-12).all() for before, after in zip(budgets, budgets[1:], strict=False))
+    assert all((np.nan_to_num(after) >= np.nan_to_num(before) - 1e-12).all() for before, after in itertools.pairwise(budgets))
     ranks = sid_ranks(lists, item_sid, pairs)
     widest = click_hit_rate(ranks, pairs, lists.shape[1])
     np.testing.assert_allclose(budgets[-1], widest)  # a budget of all items is the whole expansion

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+
 from genrecall.config import ConfigError, apply_overrides, config_hash, from_dict, places, to_dict
 
 
@@ -25,8 +26,8 @@ class Outer:
     note: str | None = None
     sizes: tuple[int, int] = (1, 2)
     on: bool = False
-    inner: Inner = Inner()  # noqa: RUF009
-    maybe: Inner | None = Inner()  # noqa: RUF009
+    inner: Inner = Inner()
+    maybe: Inner | None = Inner()
 
 
 def test_overrides_are_parsed_by_the_fields_type() -> None:

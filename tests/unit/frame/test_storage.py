@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from genrecall.storage import MANIFEST, Artifact, ArtifactError, Stage, open_artifact
 from moto.server import ThreadedMotoServer
+
+from genrecall.storage import MANIFEST, Artifact, ArtifactError, Stage, open_artifact
 
 
 @dataclass(frozen=True, kw_only=True)

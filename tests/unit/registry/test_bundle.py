@@ -95,7 +95,9 @@ class Planted:
         return (setattr, (Planted, "ran", True))
 
 
-@pytest.mark.parametrize("name", ["sid_index/index/offsets.npy", "generator/stage/model.safetensors", "encoder/encoder.safetensors", "sid_index/trie/tokens3.npy"])
+@pytest.mark.parametrize(
+    "name", ["sid_index/index/offsets.npy", "generator/stage/model.safetensors", "encoder/encoder.safetensors", "sid_index/trie/tokens3.npy"]
+)
 def test_a_pickle_under_a_harmless_name_is_never_run(copied, name):
     if name.endswith(".npy"):
         np.save(copied / name, np.array([Planted()], dtype=object), allow_pickle=True)
@@ -125,7 +127,7 @@ def test_warm_up_answers_that_differ_are_refused(copied, tampered):
         first["sids"][0], first["sids"][-1] = first["sids"][-1], first["sids"][0]
     (copied / "warm_up.json").write_text(json.dumps(warm_up))
     list_in_manifest(copied, "warm_up.json")
-    with pytest.raises(BundleError, match="warm-up request 0 gets .* rebuild it here"):
+    with pytest.raises(BundleError, match=r"warm-up request 0 gets .* rebuild it here"):
         load_bundle(copied)
     load_bundle(copied, verify=False)
 

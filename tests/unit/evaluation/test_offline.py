@@ -1,0 +1,145 @@
+"""The stage on a hand-made line of artifacts (untrained models): what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genrecall.config import ConfigError, apply_overrides
+from genrecall.evaluation.gates import GateConfig, check_gates
+from genrecall.evaluation.leaks import LeakError
+from genrecall.evaluation.offline import EvaluationConfig, evaluate
+from genrecall.evaluation.records import find, headline_metrics
+from genrecall.evaluation.results_table import results_table
+from genrecall.storage import Artifact
+
+CONFIG = EvaluationConfig(beams=(1, 5, 10), cut_beams=(2, 10), item_budgets=(10, 20), cuts=(10, 20), depth=20, bootstrap_samples=100, cut_items=5)
+
+
+@pytest.fixture(scope="module")
+def evaluation(line: Any, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    uri = str(tmp_path_factory.mktemp("evaluation") / "evaluation")
+    parts = {"dataset": line.dataset, "encoder": line.encoder, "sid_indexes": line.sid_indexes, "generators": line.generators, "aligned": line.aligned}
+    return evaluate(CONFIG, uri=uri, **parts)
+
+
+@pytest.fixture(scope="module")
+def metrics(evaluation: Artifact) -> dict[str, Any]:
+    return dict(evaluation.json("metrics.json"))
+
+
+def test_every_table_and_row_is_there(metrics: dict[str, Any]) -> None:
+    rows = {(record["table"], record["row"]) for record in metrics["records"]}
+    channels = {"bm25", "dense", "popularity", "generative", "rrf_bm25_dense", "rrf_all"}
+    assert {("channels", row) for row in channels} <= rows
+    assert {("semantic", "cqsid"), ("semantic", "rqvae"), ("personalised", "cqsid"), ("personalised", "rqvae"), ("personalised", "cqsid_aligned")} <= rows
+    assert metrics["served"] == "cqsid_aligned"
+
+
+def test_records_have_the_agreed_fields_and_sane_intervals(metrics: dict[str, Any]) -> None:
+    for record in metrics["records"]:
+        assert set(record) == {"table", "dataset", "row", "metric", "slice", "value", "low", "high", "n"}
+        if record["low"] is not None and "gain" not in record["metric"] and "gone" not in record["metric"]:
+            assert record["low"] - 1e-9 <= record["value"] <= record["high"] + 1e-9
+
+
+def test_per_request_arrays_average_to_the_records(evaluation: Artifact, metrics: dict[str, Any]) -> None:
+    columns = np.load(evaluation.file("per_request/channels.generative.npz"), allow_pickle=False)
+    record = find(metrics, "channels", "generative", "recall@10")
+    assert record is not None
+    assert record["value"] == pytest.approx(float(np.nanmean(columns["recall@10"])), abs=1e-6)
+    requests = np.load(evaluation.file("per_request/requests.npz"), allow_pickle=False)
+    assert len(requests["request_id"]) == len(columns["recall@10"]) == metrics["counts"]["evaluated_requests"]
+
+
+def test_gains_are_paired_differences_of_the_rows(metrics: dict[str, Any]) -> None:
+    values = {row: find(metrics, "semantic", row, "clk@5") or {} for row in ("cqsid", "rqvae")}
+    assert values["cqsid"]["value"] > 0
+    gain = find(metrics, "semantic", "cqsid", "hit@items10_gain_vs_rqvae")
+    first, second = (find(metrics, "semantic", row, "hit@items10") for row in ("cqsid", "rqvae"))
+    assert gain is not None
+    assert first is not None
+    assert second is not None
+    assert gain["value"] == pytest.approx(first["value"] / second["value"] - 1)
+
+
+def test_beam_metrics_stay_within_budgets_and_sids_are_valid(metrics: dict[str, Any]) -> None:
+    assert find(metrics, "semantic", "cqsid", "invalid@10")["value"] == 0.0  # type: ignore[index]
+    assert find(metrics, "semantic", "cqsid", "items_per_sid")["value"] == pytest.approx(2.0)  # type: ignore[index]
+    assert find(metrics, "channels", "bm25", "recall@20")["value"] > 0.5  # type: ignore[index]
+    assert find(metrics, "channels", "generative", "junk@10") is not None
+
+
+def test_same_inputs_are_not_evaluated_twice(line: Any, evaluation: Artifact) -> None:
+    parts = {"dataset": line.dataset, "encoder": line.encoder, "sid_indexes": line.sid_indexes, "generators": line.generators, "aligned": line.aligned}
+    again = evaluate(CONFIG, uri=evaluation.uri, **parts)
+    assert again.manifest["created"] == evaluation.manifest["created"]
+
+
+def test_lineage_names_the_main_variant_plainly(evaluation: Artifact) -> None:
+    assert {"dataset", "encoder", "sid_index", "generator", "aligned", "sid_index_rqvae", "generator_rqvae"} == set(evaluation.manifest["parents"])
+
+
+def test_table_and_report_show_the_results(evaluation: Artifact, metrics: dict[str, Any]) -> None:
+    text = results_table(metrics)
+    assert max(map(len, text.splitlines())) <= 120
+    for part in ("BM25", "generative (ours)", "RQ-VAE", "CQ-SID + EG-GRPO", "What it means:"):
+        assert part in text
+    page = evaluation.file("report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.replace("https://www.w3.org", "")
+    assert "&lt;b&gt;sinks&lt;/b&gt;" in page  # what artifacts say is escaped
+    assert page.count("data:image/png;base64,") >= 4
+
+
+def test_headline_names_suit_an_experiment_tracker(metrics: dict[str, Any]) -> None:
+    flat = headline_metrics(metrics)
+    assert "channels/generative/recall_at_10" in flat
+    assert not any("@" in name for name in flat)
+    assert all(isinstance(value, float) for value in flat.values())
+
+
+def test_metrics_pass_through_the_gates_and_json(metrics: dict[str, Any]) -> None:
+    report = check_gates(metrics, json.loads(json.dumps(metrics)), GateConfig(beat_popularity=False))
+    assert report.passed
+    assert all(isinstance(reason, str) for reason in report.reasons)
+
+
+def test_a_planted_leak_stops_the_evaluation(line: Any, make_dataset: Callable[..., Artifact], log: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
+    leaky = log | {"train": [*log["train"], log["test"][0]]}
+    parts = {"encoder": line.encoder, "sid_indexes": line.sid_indexes, "generators": line.generators}
+    with pytest.raises(LeakError, match="'r80': is in both train and test"):
+        evaluate(CONFIG, dataset=make_dataset(tmp_path / "leaky", leaky), uri=str(tmp_path / "evaluation"), **parts)
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_variants_that_do_not_match_are_refused(line: Any, tmp_path: Path) -> None:
+    parts = {"dataset": line.dataset, "encoder": line.encoder, "uri": str(tmp_path / "e")}
+    with pytest.raises(ValueError, match="give the same variants in both"):
+        evaluate(CONFIG, sid_indexes={}, generators=line.generators, **parts)
+    with pytest.raises(ValueError, match="main='other' is not among the variants"):
+        evaluate(apply_overrides(CONFIG, ["main=other"]), sid_indexes=line.sid_indexes, generators=line.generators, **parts)
+    swapped = {"cqsid": line.sid_indexes["rqvae"], "rqvae": line.sid_indexes["cqsid"]}
+    with pytest.raises(ValueError, match="was trained on another sid_index"):
+        evaluate(CONFIG, sid_indexes=swapped, generators=line.generators, **parts)
+    with pytest.raises(ValueError, match="needs the ranker artifact"):
+        evaluate(apply_overrides(CONFIG, ["ab_ranker=learned"]), sid_indexes=line.sid_indexes, generators=line.generators, **parts)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("cuts=[10,500]", "channels hand over fewer items"),
+        ("cut_beams=[200]", "the widest search"),
+        ("beams=[]", "expected at least one value"),
+        ("max_requests=0", "max_requests: expected at least 1 or none"),
+    ],
+)
+def test_impossible_configs_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(EvaluationConfig(), [override])

@@ -1,0 +1,61 @@
+"""Settings of the deployment and where it refuses to listen; the deployment itself runs in tests/serving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from genrecall.serving.api_keys import ApiKeyError
+from genrecall.serving.deployments import RecallSettings, refuse_open_port
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"modle": "latest-champion"}, "modle\n  Extra inputs are not permitted"),
+        ({"model": "shop"}, "expected models:/NAME@ALIAS, models:/NAME/NUMBER or latest-champion, got 'shop'"),
+        ({"beam_sizes": [20, 50, 100]}, "expected the widest beam first"),
+        ({"beam_sizes": [100, 50]}, "beam_sizes.2\n  Field required"),
+        ({"beam_sizes": [500, 50, 20]}, "less than or equal to 200"),
+        ({"max_batch_size": 0}, "max_batch_size\n  Input should be greater than or equal to 1"),
+        ({"follow_s": -1}, "follow_s"),
+        ({"torch_threads": 0}, "torch_threads"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(args, message):
+    with pytest.raises(ValidationError) as caught:
+        RecallSettings(**args)
+    assert message in str(caught.value)
+
+
+def test_recall_yaml_holds_settings_that_can_be_used_and_binds_loopback():
+    config = yaml.safe_load((ROOT / "serve_apps" / "recall.yaml").read_text())
+    assert config["http_options"]["host"] == "127.0.0.1"
+    assert "grpc_options" not in config
+    (application,) = config["applications"]
+    settings = RecallSettings(**application["args"])
+    (deployment,) = application["deployments"]
+    assert settings.max_waiting < deployment["max_ongoing_requests"], "else Serve queues what the replica would refuse at once"
+    assert deployment["max_ongoing_requests"] >= 4 * settings.max_batch_size
+    assert settings.torch_threads <= deployment["ray_actor_options"]["num_cpus"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_no_key(host):
+    refuse_open_port(host, behind_haproxy=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org", ""])
+def test_an_open_port_needs_a_key(host):
+    with pytest.raises(ApiKeyError, match=f"http_options.host is {host}, open to the network, and there are no API keys"):
+        refuse_open_port(host, behind_haproxy=False)
+
+
+def test_haproxy_needs_a_key_whatever_the_host():
+    with pytest.raises(ApiKeyError, match="opens its ports on all interfaces"):
+        refuse_open_port("127.0.0.1", behind_haproxy=True)
