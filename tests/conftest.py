@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 import genrecall.ray_environment  # noqa: F401 - before Ray
+from genrecall.config import Places
+from genrecall.pipeline import Pipeline
+from genrecall.recipes import RECIPES
+from genrecall.tracking import use_tracking
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 

@@ -1,4 +1,4 @@
-"""Ray's environment variables, set before Ray is first imported, because Ray reads them then.
+"""Environment variables of Ray and of torch's threads, set before either is first imported, because they are read then.
 
 Token authentication is said explicitly: left unset, Ray turns it on by itself once a token exists, and driver, workers and command
 line may disagree. Whoever sets a variable before keeps it. Import this module first; it sets nothing once Ray is loaded.
@@ -19,6 +19,8 @@ if "ray" not in sys.modules:
         "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Threads that wait for each other must not spin: on a machine shared with other processes spinning costs several times the work.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }.items():
         os.environ.setdefault(_name, _value)
 

@@ -74,7 +74,7 @@ ALL_VARIANTS = ("cqsid", "rqvae", "cqsid_without_category", "cqsid_without_query
 
 def marketplace() -> Recipe:
     """The built-in marketplace, small: what `make demo` runs."""
-    return Recipe(name="marketplace", data=PrepareDataConfig(source="marketplace", marketplace_size="small"))
+    return Recipe(name="marketplace", data=PrepareDataConfig(source="marketplace", marketplace_size="small"), quantizer=QuantizerConfig(level_sizes=(64, 8, 8)))
 
 
 def tiny() -> Recipe:
@@ -83,7 +83,7 @@ def tiny() -> Recipe:
         name="tiny",
         data=PrepareDataConfig(source="marketplace", marketplace_size="tiny"),
         encoder=EncoderConfig(steps=40, batch_size=128, dim=32, hidden=64, num_buckets=4096),
-        quantizer=QuantizerConfig(level_sizes=(24, 16, 16), min_items=5, steps=60, batch_size=128, latent_dim=16, hidden_dim=64),
+        quantizer=QuantizerConfig(level_sizes=(24, 8, 8), min_items=5, steps=60, batch_size=128, latent_dim=16, hidden_dim=64),
         generator=GeneratorConfig(
             vocab_size=1024,
             hidden_size=64,
@@ -105,8 +105,8 @@ def home_depot() -> Recipe:
     return Recipe(
         name="home_depot",
         data=PrepareDataConfig(source="home_depot"),
-        encoder=EncoderConfig(objective="contrastive", steps=1500),
-        quantizer=QuantizerConfig(level_sizes=(256, 128, 128), use_category=False, steps=2000),
+        encoder=EncoderConfig(objective="contrastive", category_fraction=0.0, dim=256, steps=1200),
+        quantizer=QuantizerConfig(level_sizes=(256, 32, 32), use_category=False, steps=2000),
         generator=GeneratorConfig(
             vocab_size=8192,
             hidden_size=192,

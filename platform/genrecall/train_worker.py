@@ -184,6 +184,7 @@ class TrainWorker:
         betas: AdamW's.
         total_steps: for progress lines.
         loop_config: what the loop received.
+        dtype: of the weights while training; default: `device.default_dtype`. Models with statistics of their own need float32.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class TrainWorker:
         weight_decay: float = 0.0,
         gradient_clipping: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.98),
+        dtype: torch.dtype | None = None,
     ) -> None:
         import deepspeed  # slow to import, and only workers need it
 
@@ -216,7 +218,7 @@ class TrainWorker:
         self._started = self._last_line = time.monotonic()
         self._first_step = 0
 
-        dtype = default_dtype(self.device)
+        dtype = dtype or default_dtype(self.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},

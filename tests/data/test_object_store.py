@@ -8,9 +8,9 @@ import fsspec
 import pyarrow as pa
 import pytest
 
+from genrecall.data.dataset_writer import parquet_files
 from genrecall.data.partitions import Work, merge_items, read_and_partition, read_parquet, write_parquet
 from genrecall.data.request_assembly import AssemblyRules
-from genrecall.data.search_logs import _files
 from genrecall.data.sources import open_files
 from genrecall.data.table_readers import find_portions
 from genrecall.data.validation import RowRules
@@ -56,4 +56,4 @@ def test_items_are_read_sharded_and_merged_on_an_object_store(bucket: str) -> No
     )
     shards = [name for portion in portions for name in read_and_partition(portion, work).shards["items"]]
     assert sum(merge_items(partition, shards, work).rows["items_kept"] for partition in range(2)) == 3
-    assert sorted(title for file in _files(f"{bucket}/work/items") for title in read_parquet(file)["title"].to_pylist()) == ["x", "y", "z"]
+    assert sorted(title for file in parquet_files(f"{bucket}/work/items") for title in read_parquet(file)["title"].to_pylist()) == ["x", "y", "z"]

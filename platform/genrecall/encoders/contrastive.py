@@ -27,7 +27,7 @@ from torch import Tensor
 
 from genrecall.config import from_dict, to_dict
 from genrecall.data.catalog import Catalog, load_catalog
-from genrecall.data.interactions import Requests, load_requests, query_item_pairs
+from genrecall.data.interactions import Requests, known_at_split, load_requests, query_item_pairs
 from genrecall.encoders.embed import embed_catalog, item_text
 from genrecall.encoders.hugging_face import HuggingFaceTowers
 from genrecall.encoders.ngram_hash import words_of
@@ -154,7 +154,7 @@ def training_pairs(catalog: Catalog, requests: Requests) -> TrainingPairs:
 
     leaf_of_path: dict[tuple[str, ...], int] = {}
     leaf_of = np.array([leaf_of_path.setdefault(path, len(leaf_of_path)) if path else -1 for path in catalog.category_paths], np.int64)
-    known = _known_at_split(catalog, requests)
+    known = known_at_split(catalog, requests)
     return TrainingPairs(
         item_texts=item_text(catalog),
         titles=catalog.titles,
@@ -169,16 +169,6 @@ def training_pairs(catalog: Catalog, requests: Requests) -> TrainingPairs:
         leaf_of=leaf_of,
         leaf_items=np.flatnonzero(known & (leaf_of >= 0)),
     )
-
-
-def _known_at_split(catalog: Catalog, requests: Requests) -> np.ndarray:
-    """bool [N]: not first seen after the last training request. All of them where the catalogue has no dates."""
-    dated = ~np.isnat(catalog.first_seen)
-    if not dated.any() or not len(requests):
-        return np.ones(len(catalog), bool)
-    known: np.ndarray = ~dated | (catalog.first_seen.astype("datetime64[us]").astype(np.int64) <= int(np.max(requests.times)))
-    # Requests ordered by a sequence number instead of a time tell nothing about dates.
-    return known if known.any() else np.ones(len(catalog), bool)
 
 
 def row_counts(config: EncoderConfig, source: TrainingPairs, rows: int) -> tuple[int, int, int]:

@@ -61,7 +61,7 @@ class NgramBatch:
 
 
 def words_of(text: str) -> list[str]:
-    """The normalised words of a text: compatibility forms folded, lower case, accents off Latin letters, letters and digits apart.
+    """The normalised words of a text: compatibility forms folded, lower case, accents off, letters and digits apart.
 
     At most `MAX_WORDS` words of `MAX_WORD_CHARS` characters each.
     """

@@ -72,7 +72,7 @@ class GeneratorConfig:
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
         stage2_item_fraction: share of stage-2 examples that are stage 1's.
         stage3_query_fraction: share of stage-3 examples that are stage 2's.
-        corrupted_query_fraction: share of stage-2 query examples with words dropped or misspelt.
+        corrupted_query_fraction: share of query examples (stage 2) and of copied requests (stage 3) with words dropped or misspelt.
         query_frequency_power: a query is drawn in proportion to its clicked requests to this power.
         validation_requests: at most so many validation requests are decoded after each stage.
     """
@@ -94,14 +94,14 @@ class GeneratorConfig:
     targets_per_query: int = 3
     short_text_share: float = 0.4
     stage2_item_fraction: float = 0.3
-    stage3_query_fraction: float = 0.2
-    corrupted_query_fraction: float = 0.2
+    stage3_query_fraction: float = 0.4
+    corrupted_query_fraction: float = 0.3
     query_frequency_power: float = 0.75
     weight_decay: float = 0.05
     gradient_clipping: float = 1.0
-    stage1: StageConfig = StageConfig(steps=500, batch_size=128, learning_rate=2e-3)
-    stage2: StageConfig = StageConfig(steps=700, batch_size=128, learning_rate=1.5e-3)
-    stage3: StageConfig = StageConfig(steps=700, batch_size=64, learning_rate=7e-4)
+    stage1: StageConfig = StageConfig(steps=500, batch_size=64, learning_rate=2e-3)
+    stage2: StageConfig = StageConfig(steps=600, batch_size=64, learning_rate=2e-3)
+    stage3: StageConfig = StageConfig(steps=200, batch_size=64, learning_rate=5e-4, warmup_steps=20)
     validation_requests: int = 400
 
     @property

@@ -10,7 +10,7 @@ Every text is encoded and tokenised once; batches only index. Shapes: N items, S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 _MAX_VARIANTS = 16
 """Texts made for an item, at most, of each kind."""
+_REQUEST_COPIES = 4
+"""Versions of each request that stage 3 draws from, the original included."""
+_CLICK_KEPT = 0.7
+"""Probability that a past click stays in the history of a copied request."""
+_QUERY_COPIES = 4
+"""Misspelt copies of each query."""
 _ENCODE_BATCH = 16_384
 _VALIDATION_BATCH = 128
 _BEAM = 100
@@ -113,28 +119,24 @@ def build_training_data(
     if not any(context):
         return TrainingData((items, stage2, None), texts.encoded(encoder), table.tokens.astype(np.int64))
     clicked = np.unique(pair_request)
-    query_rows = texts.rows([requests.queries[row] for row in clicked])
+    copies = _request_copies(config, requests.take(clicked))
+    copy_rows = [texts.rows(copy.queries) for copy in copies]
     vectors = texts.encoded(encoder)
-    bank = request_bank(builder, requests, clicked, table, vectors[query_rows])
     offsets, sids, weights = aggregate_targets(np.searchsorted(clicked, pair_request), pair_sid, pair_weight, len(clicked))
-    asked = ExampleSet(bank, query_rows, offsets, sids, weights, np.ones(len(clicked)))
-    stage3 = ExampleSet.mixed([(asked, 1 - config.stage3_query_fraction), (stage2, config.stage3_query_fraction)])
+    sets = [
+        (ExampleSet(request_bank(builder, copy, table, vectors[rows]), rows, offsets, sids, weights, np.ones(len(clicked))), 1 / len(copies))
+        for copy, rows in zip(copies, copy_rows, strict=True)
+    ]
+    stage3 = ExampleSet.mixed([(ExampleSet.mixed(sets), 1 - config.stage3_query_fraction), (stage2, config.stage3_query_fraction)])
     return TrainingData((items, stage2, stage3), vectors, table.tokens.astype(np.int64))
 
 
-def request_bank(builder: PromptBuilder, requests: Requests, rows: np.ndarray, table: SidTable, vectors: np.ndarray) -> PromptBank:
-    """Request prompts of some requests; `vectors` float [len(rows), d] are their query vectors."""
-    histories = [requests.history[row] for row in rows]
-    flat = np.concatenate(histories) if histories else np.zeros(0, np.int32)
-    offsets = np.concatenate([[0], np.cumsum([len(history) for history in histories], dtype=np.int64)]).astype(np.int64)
-    return builder.request_bank(
-        [requests.queries[row] for row in rows],
-        [requests.genders[row] for row in rows],
-        [requests.age_bands[row] for row in rows],
-        table.tokens_of_items(flat.astype(np.int32)),
-        offsets,
-        builder.related_level1(vectors),
-    )
+def request_bank(builder: PromptBuilder, requests: Requests, table: SidTable, vectors: np.ndarray) -> PromptBank:
+    """Prompts of R requests; `vectors` float [R, d] are their query vectors."""
+    flat = np.concatenate([*requests.history, np.zeros(0, np.int32)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum([len(history) for history in requests.history])]).astype(np.int64)
+    related = builder.related_level1(vectors)
+    return builder.request_bank(requests.queries, requests.genders, requests.age_bands, table.tokens_of_items(flat), offsets, related)
 
 
 def known_at_split(catalog: Catalog, requests: Requests) -> np.ndarray:
@@ -182,11 +184,25 @@ def _query_examples(
     plain = ExampleSet(builder.query_bank(queries), texts.rows(queries), offsets, sids, weights, draw)
     if not config.corrupted_query_fraction:
         return plain
-    copies = np.tile(np.arange(len(queries)), 2)
+    copies = np.tile(np.arange(len(queries)), _QUERY_COPIES)
     slips = [corrupt(queries[row], random, drop=0.1, misspelling_rate=0.3) for row in copies]
     again = plain.take(copies)
     slipped = ExampleSet(builder.query_bank(slips), texts.rows(slips), again.target_offsets, again.target_sids, again.target_weights, again.weights)
     return ExampleSet.mixed([(plain, 1 - config.corrupted_query_fraction), (slipped, config.corrupted_query_fraction)])
+
+
+def _request_copies(config: GeneratorConfig, requests: Requests) -> list[Requests]:
+    """The requests as they were, then copies with some past clicks forgotten and some queries misspelt.
+
+    Without the copies a small log is learned by heart: histories tell shoppers apart.
+    """
+    random = np.random.default_rng((config.seed, 13))
+    copies = [requests]
+    for _ in range(_REQUEST_COPIES - 1):
+        slips = random.random(len(requests)) < config.corrupted_query_fraction
+        queries = [corrupt(query, random, drop=0.1, misspelling_rate=0.3) if slip else query for query, slip in zip(requests.queries, slips, strict=True)]
+        copies.append(replace(requests, queries=queries, history=[history[random.random(len(history)) < _CLICK_KEPT] for history in requests.history]))
+    return copies
 
 
 def _single_target(bank: PromptBank, vector_rows: np.ndarray, sids: np.ndarray) -> ExampleSet:
@@ -216,7 +232,7 @@ class Validation:
         offsets, sids, _ = aggregate_targets(np.searchsorted(kept, pair_request[chosen]), table.item_sid[pair_item[chosen]], pair_weight[chosen], len(kept))
         queries = [requests.queries[row] for row in kept]
         vectors = encoder.encode_queries(queries)
-        return cls(builder.query_bank(queries), request_bank(builder, requests, kept, table, vectors), vectors, offsets, sids)
+        return cls(builder.query_bank(queries), request_bank(builder, requests.take(kept), table, vectors), vectors, offsets, sids)
 
     @torch.no_grad()
     def measure(self, model: Decoder, builder: PromptBuilder, trie: Trie, *, personalised: bool, support: Support) -> dict[str, float]:

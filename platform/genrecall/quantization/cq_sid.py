@@ -54,7 +54,7 @@ class QuantizerConfig:
         method: "rqvae" (CQ-SID and its ablations) or "rqkmeans" (which reads level_sizes, kmeans_iterations and seed only).
         use_category: items take their category's code at level 1.
         use_query: the query term is part of the loss.
-        level_sizes: codebook sizes; clusters of 5 to 50 items serve best.
+        level_sizes: codebook sizes; larger books give smaller clusters. The default suits about 2,000 items.
         min_items: a category needs this many items to own a level-1 code.
         category_share: categories fill at most this share of the level-1 book.
         beta, gamma, temperature: of the commitment term, of the query term, of the query term's cosine.
@@ -66,7 +66,7 @@ class QuantizerConfig:
     method: Literal["rqvae", "rqkmeans"] = "rqvae"
     use_category: bool = True
     use_query: bool = True
-    level_sizes: tuple[int, int, int] = (64, 16, 16)
+    level_sizes: tuple[int, int, int] = (64, 8, 8)
     min_items: int = 10
     category_share: float = 0.8
     latent_dim: int = 64
@@ -300,6 +300,7 @@ def train_loop(loop_config: dict[str, Any]) -> None:
         learning_rate=cosine_schedule(config.learning_rate, warmup_steps=max(1, config.steps // 20), total_steps=config.steps),
         total_steps=config.steps,
         loop_config=loop_config,
+        dtype=torch.float32,  # codebooks are moving averages; bfloat16 would lose them
     )
     rows = config.batch_size // worker.world_size
     metrics: dict[str, Tensor] = {}

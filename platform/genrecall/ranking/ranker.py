@@ -298,7 +298,7 @@ def ndcg(scores: NDArray[np.float64], labels: NDArray[np.integer], groups: NDArr
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pairs of requests that can teach, group after group: the shown items in page order, then random ones."""
+    """Pairs of requests that can teach, group after group: shown items and random ones, in random order."""
 
     requests: NDArray[np.int64]
     items: NDArray[np.int32]
@@ -338,7 +338,7 @@ def _draw_pairs(config: RankerConfig, requests: Requests, num_items: int, rng: n
     extra_requests, extra = extra_requests[fresh], extra[fresh]
     nothing = np.zeros(len(extra), dtype=np.int64)
     all_requests = np.concatenate([shown_requests, extra_requests])
-    order = np.argsort(all_requests, kind="stable")
+    order = np.lexsort((rng.random(len(all_requests)), all_requests))  # in page order, ties of a small model would look like the logged order
     shown_labels = np.concatenate([labels[row] for row in rows]) if len(rows) else np.zeros(0, dtype=np.int64)
     sizes = np.bincount(all_requests, minlength=len(requests))
     return _Pairs(

@@ -155,15 +155,15 @@ def align_loop(loop_config: dict[str, Any]) -> None:
     first = int(state.get("rollout_step", 0))
     rules = StopRules(config.stop, **state.get("rules", {}))
     health: list[dict[str, float]] = list(state.get("health", []))
-    good_step, good_weights = first, weights_of(model)
+    good_step, good_weights = first, weights_of(model)  # of the last version whose own samples were healthy
     experiences = Experiences(config, loop_config, prompts, feedback) if worker.rank == 0 else None
     update = functools.partial(_update, config, worker, reference, trie, prompts, feedback, table.tokens)
     reason: str | None = None
     started, step = time.monotonic(), first
     for step in range(first, config.steps):
-        experience = None
+        experience, weights = None, weights_of(model)
         if experiences is not None:
-            experiences.publish(step, model)
+            experiences.publish(step, weights)
             while experiences.submitted <= min(config.max_staleness, config.steps - 1 - step):
                 ahead = step + experiences.submitted
                 experiences.submit(ahead, draw_requests(eligible, seed=config.seed, step=ahead, count=batch))
@@ -188,13 +188,15 @@ def align_loop(loop_config: dict[str, Any]) -> None:
         reason = rules.observe(row)
         if reason:
             if worker.rank == 0:
-                logger.warning("align_generator: stopped at step %d: %s; keeping the weights of step %d", step + 1, reason, good_step)
+                logger.warning("align_generator: stopped at step %d: %s; keeping the weights after %d steps", step + 1, reason, good_step)
             break
         if rules.healthy:
-            good_step, good_weights = step + 1, weights_of(model)
+            good_step, good_weights = step, weights
             if worker.checkpoint_due(step):
                 worker.save({"step": (step + 1) * config.updates_per_rollout, "rollout_step": step + 1, "rules": rules.state(), "health": health})
-    if not reason and not rules.healthy:
+    if reason is None and rules.healthy:
+        good_step, good_weights = config.steps, weights_of(model)
+    elif reason is None:
         reason = "the last steps broke a stop rule: " + ", ".join(rule for rule, count in rules.breaches.items() if count)
 
     def export(folder: Path) -> None:

@@ -19,14 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from genrecall.config import to_dict
-from genrecall.generator.model import Decoder
 from genrecall.rl.actors import NamedActor, RolloutPool, Supervisor
 from genrecall.rl.align_config import AlignConfig
 from genrecall.rl.experts import tier_weights
 from genrecall.rl.feedback import Feedback
 from genrecall.rl.learner import RequestPrompts
 from genrecall.rl.reward import RewardActor, Rewards
-from genrecall.rl.rollout import Rollout, RolloutActor, RolloutTask, weights_of
+from genrecall.rl.rollout import Rollout, RolloutActor, RolloutTask
 
 
 def rollout_actors(config: AlignConfig, loop_config: Mapping[str, Any]) -> list[NamedActor]:
@@ -81,9 +80,9 @@ class Experiences:
         self._reward = reward_actor(config, loop_config)
         self._under_way: deque[tuple[int, NDArray[np.int64], Any]] = deque()
 
-    def publish(self, version: int, model: Decoder) -> None:
+    def publish(self, version: int, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Rollouts submitted from now on use these weights."""
-        self._pool.publish(version, weights_of(model))
+        self._pool.publish(version, weights)
 
     def submit(self, step: int, rows: NDArray[np.int64]) -> None:
         """Start the rollouts of a step."""

@@ -91,9 +91,14 @@ def test_writing_again_replaces_all_files(root: str) -> None:
 def test_an_interrupted_write_leaves_what_was_there_and_nothing_else(root: str) -> None:
     one = stage(f"{root}/toy")
     make(one)
-    with pytest.raises(KeyboardInterrupt), one.write() as draft:
-        (draft.path / "a.txt").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with one.write() as draft:
+            (draft.path / "a.txt").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert one.open().file("a.txt").read_text() == "hello"
     if "://" not in root:
         assert sorted(os.listdir(root)) == ["toy"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -31,9 +32,10 @@ CONFIG = GeneratorConfig(
     num_kv_heads=1,
     intermediate_size=64,
     max_history=2,
+    stage3_query_fraction=0.2,
     stage1=StageConfig(steps=40, batch_size=32, learning_rate=5e-3, warmup_steps=5),
     stage2=StageConfig(steps=80, batch_size=32, learning_rate=5e-3, warmup_steps=5),
-    stage3=StageConfig(steps=40, batch_size=32, learning_rate=4e-3, warmup_steps=5),
+    stage3=StageConfig(steps=60, batch_size=32, learning_rate=4e-3, warmup_steps=5),
 )
 
 
@@ -109,6 +111,21 @@ def test_stage_one_knows_titles_corruptions_and_short_texts(parts, catalog, tabl
     shares = [stage1.weights[first == marker].sum() for marker in (builder.tokenizer.item_id, builder.tokenizer.query_id)]
     assert shares == pytest.approx([0.6, 0.4])
     assert set(stage1.target_sids.tolist()) == set(range(50))
+
+
+def test_stage_three_copies_forget_clicks_but_keep_the_order(parts, catalog, table, encoder, make_requests):
+    _, builder, _ = parts
+    asked = make_requests(["lamp"], [[7]], history=[[1, 2]], genders=["f"])
+    config = dataclasses.replace(CONFIG, stage3_query_fraction=0.0, corrupted_query_fraction=0.0)
+    _, _, stage3 = build_training_data(config, catalog, asked, table, builder, encoder).stages
+    prompts = [stage3.bank.ids[start:end].tolist() for start, end in itertools.pairwise(stage3.bank.offsets)]
+    kept = []
+    for prompt in prompts:
+        start = prompt.index(builder.tokenizer.history_id) + 1 if builder.tokenizer.history_id in prompt else 0
+        kept.append([token - builder.level_offsets[1] for token in prompt[start + 1 : prompt.index(builder.tokenizer.query_id) : 3]] if start else [])
+    assert kept[0] == [1, 2]
+    assert all(one in ([1, 2], [1], [2], []) for one in kept)
+    assert set(stage3.target_sids.tolist()) == {7}
 
 
 def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table, encoder, parts):

@@ -20,7 +20,7 @@ NEW = [{"item_id": f"n{row}", "title": title, "category_path": ["Home"]} for row
 
 @pytest.fixture
 def placed(untrained_line, tmp_path, ray_cluster):
-    rows = [*NEW, {"item_id": "i05", "title": "known"}, {"item_id": "n0", "title": "again"}, {"item_id": "n9", "title": None}]
+    rows = [*NEW, {"item_id": "i05", "title": "known"}, {"item_id": "n0", "title": "again"}, {"item_id": None, "title": "nameless"}]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
     bundle = untrained_line()
     return bundle, assign_items(bundle, str(tmp_path / "items.jsonl"), tmp_path / "out"), tmp_path / "out"

@@ -1,0 +1,179 @@
+"""The deployment on a real Serve: answers over HTTP, follows the alias, refuses a corrupted version. One start for the whole module."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from genrecall.config import Places
+from genrecall.registry.promotion import register
+from genrecall.registry.versions import fetch_bundle
+from genrecall.tracking import use_tracking
+
+FOLLOW_S = 0.5
+KEY = "a-key-for-this-test-only"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """The running application and the registry it follows."""
+
+    def __init__(self, port: int, registry: MlflowClient, keys_file: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.registry = registry
+        self.keys_file = keys_file
+
+    def call(self, path: str, body: Any = None, key: str = KEY) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers={"content-type": "application/json", "x-api-key": key})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def champion(self, number: int) -> None:
+        self.registry.set_registered_model_alias("shop", "champion", str(number))
+
+    def wait_for(self, condition, seconds: float = 15.0) -> float:
+        """Seconds until `condition(what GET /v1/model says)` holds."""
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
+            if condition(self.call("/v1/model")[1]):
+                return time.monotonic() - started
+            time.sleep(0.1)
+        raise AssertionError(f"not within {seconds} s: {self.call('/v1/model')}")
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None, untrained_line: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    from ray import serve
+    from serve_apps.recall import app
+
+    from genrecall.serving.deployments import RecallSettings
+
+    home = tmp_path_factory.mktemp("served")
+    uri = f"sqlite:///{home}/mlflow.db"
+    before = mlflow.get_tracking_uri()
+    use_tracking(Places(home=str(home), data=str(home), tracking_uri=uri))
+    for seed in range(3):
+        register(untrained_line(seed=seed), "shop", metrics={})
+    registry = MlflowClient(uri, registry_uri=uri)
+    registry.set_registered_model_alias("shop", "champion", "1")
+    keys_file = home / "keys"
+    keys_file.write_text(KEY)
+    port = free_port()
+    settings = RecallSettings(
+        model="models:/shop@champion", tracking_uri=uri, follow_s=FOLLOW_S, beam_sizes=(5, 4, 3), api_keys_file=str(keys_file), max_waiting=8
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(app(settings), name="recall", route_prefix="/")
+    yield Server(port, registry, keys_file)
+    serve.shutdown()
+    mlflow.set_tracking_uri(before)
+
+
+def test_a_query_is_answered_with_items_sids_scores_and_versions(server):
+    status, answer = server.call("/v1/recall", {"query": "angle bracket", "limit": 7})
+    assert status == 200
+    assert len(answer["items"]) == 7
+    assert answer["items"][0]["sid"].startswith("<")
+    assert answer["items"][0]["score"] < 0
+    assert answer["beam_size"] == 5
+    assert answer["versions"]["model"] == "shop/1"
+
+
+def test_bad_input_is_refused_and_the_field_named(server):
+    status, answer = server.call("/v1/recall", {"query": "x", "limit": -1})
+    assert (status, answer["problems"][0]["field"]) == (422, "limit")
+    assert server.call("/v1/recall", {"query": "x" * 70_000})[0] == 413
+
+
+def test_a_key_is_asked_for_and_rotates_without_a_restart(server):
+    assert server.call("/v1/recall", {"query": "x"}, key="")[0] == 401
+    new = "another-key-for-this-test"
+    assert server.call("/v1/model", key=new)[0] == 401
+    server.keys_file.write_text(f"{KEY}\n{new}\n")
+    deadline = time.monotonic() + 10
+    while server.call("/v1/model", key=new)[0] == 401:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert server.call("/v1/model")[0] == 200
+
+
+def test_the_alias_is_followed_there_and_back_without_a_restart(server):
+    def best() -> list[str]:
+        return [sid["sid"] for sid in server.call("/v1/recall", {"query": "garden hose"})[1]["sids"]]
+
+    first = best()
+    server.champion(2)
+    # Nobody asks /v1/recall meanwhile: the alias is followed on an idle replica too.
+    assert server.wait_for(lambda model: model["versions"]["model"] == "shop/2") < FOLLOW_S + 10
+    assert best() != first
+    assert server.call("/healthz", key="")[1] == {"status": "ok", "model": "shop/2"}
+    server.champion(1)
+    server.wait_for(lambda model: model["versions"]["model"] == "shop/1")
+    assert best() == first
+
+
+def test_a_corrupted_newer_version_is_refused_and_the_old_one_keeps_serving(server):
+    bundle = fetch_bundle(_version(server, 3), server.registry)
+    weights = bundle / "generator" / "stage" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x01\x02\x03")
+    server.champion(3)
+    server.wait_for(lambda model: model["refused"] is not None)
+    status, model = server.call("/v1/model")
+    assert (status, model["versions"]["model"]) == (200, "shop/1")
+    assert model["refused"].startswith("shop/3: ")
+    assert "model.safetensors (changed)" in model["refused"]
+    assert server.call("/v1/recall", {"query": "garden hose"})[1]["versions"]["model"] == "shop/1"
+    server.champion(1)
+    server.wait_for(lambda model: model["refused"] is None)
+
+
+def test_more_requests_than_it_takes_are_answered_503_at_once_and_the_others_served(server):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda number: server.call("/v1/recall", {"query": f"hose {number}"}), range(120)))
+    statuses = {status for status, _ in answers}
+    assert statuses <= {200, 503}
+    assert 200 in statuses
+    assert {answer["versions"]["model"] for status, answer in answers if status == 200} == {"shop/1"}
+
+
+def test_the_page_is_served(server):
+    with urllib.request.urlopen(server.url + "/", timeout=10) as response:
+        assert "script-src 'self'" in response.headers["content-security-policy"]
+        assert b"genrecall" in response.read()
+
+
+def test_the_replica_knows_what_host_the_proxy_binds(server):
+    """Ray has no public way to ask; if a new Ray moves it, this says so before a server listens openly."""
+    import ray
+
+    from genrecall.serving.deployments import _http_binding
+
+    host, behind_haproxy = ray.get(ray.remote(num_cpus=0)(_http_binding).remote())
+    assert (host, behind_haproxy) == ("127.0.0.1", False)
+
+
+def _version(server: Server, number: int) -> Any:
+    from genrecall.registry.versions import resolve
+
+    return resolve(f"models:/shop/{number}", server.registry)
