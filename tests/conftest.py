@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import genrecall.ray_environment  # noqa: F401 - before Ray
 from genrecall.config import Places
 from genrecall.pipeline import Pipeline
 from genrecall.recipes import RECIPES

@@ -7,18 +7,23 @@ Artifacts lie under `GENRECALL_HOME/<recipe name>/`. A stage alone (`jobs/train_
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
 import argparse
+import itertools
 import json
 import logging
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import genrecall.ray_environment  # noqa: F401 - before Ray
+import mlflow
+import ray
+
 from genrecall.config import ConfigError, Places, apply_overrides, places, to_dict
 from genrecall.data.search_logs import prepare_data
 from genrecall.encoders.contrastive import train_encoder
@@ -35,6 +40,7 @@ from genrecall.rl.eg_grpo import align_generator
 from genrecall.sid.build import build_sid_index
 from genrecall.storage import Artifact, open_artifact, read_manifest
 from genrecall.tracking import stage_run, use_tracking
+from genrecall.train_worker import fits_at_once
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +60,8 @@ class Pipeline:
         self.force = force
         self.root = f"{where.home}/{recipe.name}"
         self._total = 0
-        self._done = 0
+        self._started = itertools.count(1)
+        self._parent_run_id: str | None = None
 
     def uri(self, name: str) -> str:
         """Where the artifact `name`, e.g. `encoder` or `cqsid/generator`, lies."""
@@ -130,23 +137,40 @@ class Pipeline:
         config = self.recipe.bundle
         inputs = {name: self.existing(name) for name in ("dataset", "encoder", "evaluation")}
         inputs |= {name: self.existing(f"{MAIN_VARIANT}/{name}") for name in ("quantizer", "sid_index", "generator")}
-        return self._stage(
-            "bundle", config, lambda run: build_bundle(config, **inputs, aligned=self._existing_aligned(), uri=self.uri("bundle"), force=self.force)
-        )
+        ships_aligned = inputs["evaluation"].json("metrics.json")["served"] != MAIN_VARIANT  # an alignment that lost on validation stays behind
+        aligned = self._existing_aligned() if ships_aligned else None
+        return self._stage("bundle", config, lambda run: build_bundle(config, **inputs, aligned=aligned, uri=self.uri("bundle"), force=self.force))
 
     def run_all(self) -> dict[str, Artifact]:
-        """Every stage in order; returns the artifacts by name."""
-        steps: list[tuple[str, Callable[[], Artifact | None]]] = [("dataset", self.dataset), ("encoder", self.encoder)]
-        for variant in self.recipe.variants:
-            stages = {"quantizer": self.quantizer, "sid_index": self.sid_index, "generator": self.generator}
-            steps += [(f"{variant}/{part}", partial(stage, variant)) for part, stage in stages.items()]
-        steps += [("ranker", self.ranker), ("aligned", self.aligned), ("evaluation", self.evaluation), ("bundle", self.bundle)]
-        self._total = len(steps)
-        made: dict[str, Artifact] = {}
-        for self._done, (name, step) in enumerate(steps, start=1):
-            artifact = step()
+        """Every stage in order, the variants side by side as far as the cluster has room; returns the artifacts by name."""
+        self._total = 6 + 3 * len(self.recipe.variants)
+        made: dict[str, Artifact] = {"dataset": self.dataset(), "encoder": self.encoder()}
+        made |= self._variants()
+        for name, stage in (("ranker", self.ranker), ("aligned", self.aligned), ("evaluation", self.evaluation), ("bundle", self.bundle)):
+            artifact = stage()
             if artifact is not None:
                 made[name] = artifact
+        return made
+
+    def _variants(self) -> dict[str, Artifact]:
+        """Quantiser, SID index and generator of every variant."""
+        active = mlflow.active_run()
+        self._parent_run_id = active.info.run_id if active else None
+
+        def branch(variant: str) -> dict[str, Artifact]:
+            stages = (("quantizer", self.quantizer), ("sid_index", self.sid_index), ("generator", self.generator))
+            return {f"{variant}/{name}": stage(variant) for name, stage in stages}
+
+        made: dict[str, Artifact] = {}
+        with ThreadPoolExecutor(fits_at_once(self.recipe.train), thread_name_prefix="variant") as pool:
+            branches = [pool.submit(branch, variant) for variant in self.recipe.variants]
+            try:
+                for done in as_completed(branches):
+                    made |= done.result()
+            except BaseException:  # an interrupt too: without Ray the other branches end at once, and their checkpoints stay
+                pool.shutdown(wait=False, cancel_futures=True)
+                ray.shutdown()
+                raise
         return made
 
     def _existing_aligned(self) -> Artifact | None:
@@ -159,9 +183,9 @@ class Pipeline:
         """Run one stage inside its MLflow run and say how it went."""
         before = read_manifest(self.uri(name))
         started = time.monotonic()
-        place = f"[{self._done}/{self._total}] " if self._total else ""
+        place = f"[{next(self._started)}/{self._total}] " if self._total else ""
         logger.info("%s%s ...", place, name)
-        with stage_run(name, config, tags={"recipe": self.recipe.name}) as run_id:
+        with stage_run(name, config, tags={"recipe": self.recipe.name}, parent_run_id=self._parent_run_id) as run_id:
             artifact = make(run_id)
             fresh = before is None or before["created"] != artifact.manifest["created"] or before["identity"] != artifact.manifest["identity"]
             tag_stage(artifact, reused=not fresh)
@@ -174,8 +198,6 @@ class Pipeline:
 
 def tag_stage(artifact: Artifact, *, reused: bool) -> None:
     """Record in the active MLflow run what the stage made."""
-    import mlflow
-
     mlflow.set_tags({"artifact.uri": artifact.uri, "artifact.hash": artifact.hash, "artifact.reused": str(reused).lower()})
     mlflow.log_metrics({f"rows.{name}": float(count) for name, count in artifact.manifest["row_counts"].items()})
 

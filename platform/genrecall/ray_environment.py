@@ -26,6 +26,13 @@ if "ray" not in sys.modules:
 
 
 def quiet_worker() -> None:
-    """Run in every worker process at its start: library lines from warnings up only; ours say what a person waiting wants to know."""
+    """Run in every worker process at its start.
+
+    Libraries log from warnings up only: our own lines say what a person waiting wants to know. And what Ray Train starts in the
+    background asks "the" Ray of this machine for news; where there are several, this names the worker's own.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     for name in ("ray", "ray.train", "DeepSpeed", "numexpr"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -37,12 +37,17 @@ def use_tracking(places: Places) -> None:
 
 
 @contextlib.contextmanager
-def stage_run(name: str, config: Any, *, tags: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Run the block inside an MLflow run called `name` (nested where one is active) and yield its run id.
+def stage_run(name: str, config: Any, *, tags: Mapping[str, str] | None = None, parent_run_id: str | None = None) -> Iterator[str]:
+    """Run the block inside an MLflow run called `name` and yield its run id.
 
     The config's leaves become parameters. A block that raises leaves the run marked FAILED.
+
+    Args:
+        parent_run_id: the run it belongs to; default: the one active in this thread, if any.
     """
-    with mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None, tags=dict(tags or {})) as run:
+    parent = mlflow.active_run()
+    parent_run_id = parent_run_id or (parent.info.run_id if parent else None)
+    with mlflow.start_run(run_name=name, nested=parent_run_id is not None, parent_run_id=parent_run_id, tags=dict(tags or {})) as run:
         mlflow.log_params({key: str(value)[:500] for key, value in flatten(to_dict(config)).items()})
         yield run.info.run_id
 

@@ -10,6 +10,8 @@ whose hooks gather stage 3's shards, and the models here are far below the size 
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
 import contextlib
 import functools
 import io
@@ -34,7 +36,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor, nn
 
-import genrecall.ray_environment  # noqa: F401 - before Ray
 from genrecall.device import default_device, default_dtype
 from genrecall.storage import Stage
 from genrecall.tracking import MetricLog
@@ -55,7 +56,7 @@ class TrainSettings:
     """How training is spread over the cluster. Not part of any artifact's identity."""
 
     num_workers: int = 1
-    cpus_per_worker: int = 2
+    cpus_per_worker: int = 1
     use_gpu: bool = False
     zero_stage: Literal[0, 1, 2] = 1
     checkpoint_every_steps: int = 500
@@ -95,6 +96,14 @@ def ensure_ray(num_cpus: int | None = None) -> None:
         logging_level=logging.WARNING,
         runtime_env={"worker_process_setup_hook": "genrecall.ray_environment.quiet_worker"},
     )
+
+
+def fits_at_once(train: TrainSettings) -> int:
+    """How many training runs of these settings the cluster can hold side by side, at least 1."""
+    ensure_ray()
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    by_cpu = int(cluster.get("CPU", 0)) // (train.num_workers * train.cpus_per_worker)
+    return max(1, min(by_cpu, int(cluster.get("GPU", 0)) // train.num_workers) if train.use_gpu else by_cpu)
 
 
 def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], *, name: str, stage: Stage, train: TrainSettings) -> Path:

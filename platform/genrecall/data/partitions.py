@@ -106,7 +106,12 @@ def read_and_partition(portion: Portion, work: Work) -> TaskReport:
         nonlocal rejected_files
         if sum(map(len, kept)) >= (1 if last else work.shard_rows):
             name = f"{work.folder}/shards/{portion.table}/{portion.number:07d}-{len(report.shards[portion.table]):05d}.arrow"
-            _write_shard(pa.concat_tables(kept), _keys(portion.table, kept), work.partitions["items" if portion.table == "items" else "events"], name)
+            _write_shard(
+                pa.concat_tables(kept),
+                np.concatenate([_keys(portion.table, one) for one in kept]),
+                work.partitions["items" if portion.table == "items" else "events"],
+                name,
+            )
             report.shards[portion.table].append(name)
             kept.clear()
         if sum(map(len, rejected)) >= (1 if last else _REJECTED_AT_ONCE):
@@ -180,11 +185,10 @@ def assemble_partition(partition: int, event_shards: Sequence[str], user_shards:
     return report
 
 
-def _keys(table: str, kept: Sequence[pa.Table]) -> np.ndarray:
-    whole = pa.concat_tables(kept)
-    if table == "events":
-        return text_hash(pc.coalesce(whole["user_id"], whole["request_id"]).to_numpy(), seed=0)
-    return text_hash(whole["item_id" if table == "items" else "user_id"].to_numpy(), seed=0)
+def _keys(name: str, table: pa.Table) -> np.ndarray:
+    if name == "events":
+        return text_hash(pc.coalesce(table["user_id"], table["request_id"]).to_numpy(), seed=0)
+    return text_hash(table["item_id" if name == "items" else "user_id"].to_numpy(), seed=0)
 
 
 def _write_shard(table: pa.Table, keys: np.ndarray, partitions: int, uri: str) -> None:

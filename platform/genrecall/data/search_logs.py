@@ -158,7 +158,7 @@ class _Run:
             folder=folder,
             partitions={"items": self._partitions("items"), "events": self._partitions("events")},
             labels=[portion.label for portion in self.portions],
-            shard_rows=2 * config.events_per_partition,
+            shard_rows=config.events_per_partition,
             rows=RowRules(
                 max_query_characters=config.max_query_characters,
                 latest_time=int((time.time() + config.future_tolerance_hours * 3600) * 1e6),
@@ -271,32 +271,29 @@ def run_tasks(name: str, task: Callable[[int], TaskReport], count: int) -> Itera
     """
 
     def run(batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"report": [json.dumps(vars(task(int(number)))) for number in batch["id"]]}
+        try:
+            answers = [json.dumps(vars(task(int(number)))) for number in batch["id"]]
+        except DataError as error:  # travels as an answer: Ray Data would wrap it and lose its type
+            answers = [json.dumps({"error": str(error)})]
+        # A worker is used again for other tasks; without this it keeps the peak of each kind of task.
+        pa.default_memory_pool().release_unused()
+        return {"answer": answers}
 
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
-    loud = logging.getLogger("ray.data")
-    level = loud.level
+    talk = logging.getLogger("ray.data")
+    level = talk.level
     with ray.data.DataContext.current(context):
         try:
-            loud.setLevel(logging.CRITICAL)  # its errors reach the caller below; its plans and timings are of no interest
+            talk.setLevel(logging.WARNING)  # its plans and timings are of no interest here
             dataset = ray.data.range(count, override_num_blocks=count).map_batches(run, batch_size=1)
             dataset.set_name(name)
-            texts = [row["report"] for row in dataset.iter_rows()]
-        except ray.exceptions.RayError as error:
-            if (message := _data_error_in(error)) is None:
-                raise
-            raise DataError(message) from None
+            answers = []
+            for row in dataset.iter_rows():
+                answers.append(json.loads(row["answer"]))
+                if "error" in answers[-1]:
+                    raise DataError(answers[-1]["error"])  # leaving the loop stops the remaining tasks
         finally:
-            loud.setLevel(level)
-    for text in texts:
-        fields = json.loads(text)
+            talk.setLevel(level)
+    for fields in answers:
         yield TaskReport(**{**fields, **{field: Counter(fields[field]) for field in ("rows", "rejected", "noted")}})
-
-
-def _data_error_in(error: BaseException | None) -> str | None:
-    while error is not None:
-        if isinstance(error, DataError):
-            return str(error.args[0])
-        error = getattr(error, "cause", None) or error.__cause__
-    return None

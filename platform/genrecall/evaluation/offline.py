@@ -31,6 +31,7 @@ from genrecall.evaluation.leaks import check_no_leaks
 from genrecall.evaluation.records import Record, RecordMaker, Results
 from genrecall.evaluation.report import write_report
 from genrecall.evaluation.request_metrics import Tiers, channel_columns, expand_lists, sid_columns
+from genrecall.evaluation.served_stage import choose_served
 from genrecall.evaluation.slices import Sample, Slice, cold_items, request_slices, sample_requests
 from genrecall.generator.retriever import Retriever, load_retriever
 from genrecall.ranking.ranker import load_ranker
@@ -39,7 +40,7 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
@@ -132,7 +133,7 @@ def evaluate(
         dataset, encoder: artifacts; the encoder is also the dense channel.
         sid_indexes, generators: variant name -> artifact, the same names in both; `config.main` must be among them.
         uri: where the artifact goes.
-        aligned: stage 4 of the main variant; when given it is what the `generative` channel serves.
+        aligned: stage 4 of the main variant; the `generative` channel serves it where the validation requests show no loss to stage 3.
         quantizers: variant name -> artifact, for the pictures of the report.
         encoders: variant name -> the encoder it was trained with, where that is not `encoder`.
         ranker: orders the pages of the simulated A/B test where `config.ab_ranker` is "learned"; else not read.
@@ -161,17 +162,19 @@ def evaluate(
     maker = RecordMaker(str(stats["source"]), config.bootstrap_samples, config.seed)
     lists: dict[tuple[str, str], np.ndarray] = {}
     seconds: dict[str, float] = {}
-    on_validation: np.ndarray | None = None
+    searches: dict[str, float] = {}
+    on_validation: dict[str, np.ndarray] = {}
     for variant in generators:
         for table, row, retriever, personalised in _runs(config, variant, sid_indexes, generators, encoders.get(variant, encoder), aligned):
             lists[table, row], elapsed = _search(retriever, data.requests, max(config.beams), personalised=personalised)
-            if (table, row) == ("personalised", _served_row(config, aligned)):
-                seconds["generative"] = elapsed
-                on_validation = expand_lists(_search(retriever, data.validation, max(config.beams), personalised=True)[0], retriever.index, config.depth)
-    assert on_validation is not None
+            if table == "personalised" and variant == config.main:
+                searches[row] = elapsed
+                on_validation[row] = expand_lists(_search(retriever, data.validation, max(config.beams), personalised=True)[0], retriever.index, config.depth)
+    served_row, validation_recall = choose_served(on_validation, Tiers.of(data.validation).clicked, config.cuts)
+    seconds["generative"] = searches[served_row]
     main_index = load_index(sid_indexes[config.main].path)
-    served = expand_lists(lists["personalised", _served_row(config, aligned)], main_index, config.depth)
-    rankings, weights, matches = _channels(config, data, encoder, served, on_validation, seconds)
+    served = expand_lists(lists["personalised", served_row], main_index, config.depth)
+    rankings, weights, matches = _channels(config, data, encoder, served, on_validation[served_row], seconds)
     indexes = {variant: load_index(artifact.path) for variant, artifact in sid_indexes.items()}
 
     def measure(targets: Tiers) -> Results:
@@ -207,7 +210,8 @@ def evaluate(
         "query_kind": data.query_kind,
         "counts": _counts(stats, data, tiers),
         "main": config.main,
-        "served": _served_row(config, aligned),
+        "served": served_row,
+        "validation_recall": validation_recall,
         "fusion_weights": weights,
         "slices": {one.name: one.about for one in slices},
         "notes": _notes(data, stats),
@@ -264,10 +268,6 @@ def _load(config: EvaluationConfig, dataset: Artifact, query_kind: str) -> Loade
         tuned_on = sample_requests(validation, train, catalog, query_kind=query_kind, max_requests=config.max_validation_requests, seed=config.seed)
         validation = validation.take(tuned_on.indices[tuned_on.primary])
     return Loaded(catalog, train, test.take(sample.indices), validation, sample, query_kind)
-
-
-def _served_row(config: EvaluationConfig, aligned: Artifact | None) -> str:
-    return config.main if aligned is None else f"{config.main}_{ALIGNED}"
 
 
 def _runs(

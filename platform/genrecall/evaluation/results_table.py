@@ -43,7 +43,8 @@ def results_table(metrics: Mapping[str, Any]) -> str:
     gains = _gain_lines(metrics)
     if gains:
         parts.append("\n".join(["Paired gains (95 % interval)", *gains]))
-    return "\n\n".join([*parts, textwrap.fill(meaning(metrics), _WIDTH)])
+    closing = [textwrap.fill(line, _WIDTH) for line in (served_line(metrics), meaning(metrics)) if line]
+    return "\n\n".join([*parts, *closing])
 
 
 def cuts_of(metrics: Mapping[str, Any]) -> tuple[int, int]:
@@ -73,9 +74,24 @@ def rows_of(metrics: Mapping[str, Any], table: str) -> list[str]:
     rows = list(dict.fromkeys(record["row"] for record in metrics["records"] if record["table"] == table and not record["slice"]))
     if table == "channels":
         return [row for row in CHANNEL_NAMES if row in rows] + [row for row in rows if row not in CHANNEL_NAMES]
-    return sorted(
-        rows, key=lambda row: (row.startswith(metrics["main"]) and row in (metrics["main"], metrics["served"]), row == metrics["served"] != metrics["main"])
+    return sorted(rows, key=lambda row: (row in (metrics["main"], aligned_row(metrics)), row == aligned_row(metrics)))
+
+
+def aligned_row(metrics: Mapping[str, Any]) -> str:
+    """The row of the main variant after reinforcement learning."""
+    return f"{metrics['main']}_aligned"
+
+
+def served_line(metrics: Mapping[str, Any]) -> str:
+    """Which stage is served, and what the validation requests said of the others; "" where there was no choice."""
+    measured = metrics.get("validation_recall") or {}
+    if len(measured) < 2:
+        return ""
+    said = "; ".join(
+        f"{row_name(row)} " + ", ".join(f"{name} {_share(value) if value is not None else _ABSENT}" for name, value in one.items())
+        for row, one in measured.items()
     )
+    return f"Served: {row_name(metrics['served'])}, by recall on the validation requests ({said})."
 
 
 def show(record: Record | None, *, interval: bool = False) -> str:
@@ -117,11 +133,10 @@ def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[R
     """The gains worth showing: (table, row, base, records)."""
     recalls, variants = channel_metrics(metrics)[:2], variant_metrics(metrics)
     wanted = [("channels", "rrf_all", "rrf_bm25_dense", recalls), ("channels", "generative", "dense", recalls)]
-    main, served = metrics["main"], metrics["served"]
+    main = metrics["main"]
     for table in ("semantic", "personalised"):
         wanted.append((table, main, "rqvae", [*variants[:3], variants[-1]]))
-    if served != main:
-        wanted.append(("personalised", served, main, [*variants[:2], "pvr@10"]))
+    wanted.append(("personalised", aligned_row(metrics), main, [*variants[:2], "pvr@10"]))
     found = []
     for table, row, base, names in wanted:
         records = [find(metrics, table, row, f"{name}_gain_vs_{base}") for name in names]

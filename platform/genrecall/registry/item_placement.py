@@ -10,9 +10,10 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -138,7 +139,8 @@ def assign_items(bundle: Artifact, items: str, output: Path, *, category_separat
     partial.mkdir(parents=True)
     try:
         with pq.ParquetWriter(partial / "placed.parquet", PLACED) as good, pq.ParquetWriter(partial / "rejected.parquet", REJECTED) as bad:
-            for batch in placed.iter_batches(batch_format="pyarrow", batch_size=_ROWS_AT_ONCE):
+            batches: Iterable[Any] = placed.iter_batches(batch_format="pyarrow", batch_size=_ROWS_AT_ONCE)  # Arrow tables, which Ray's annotation does not say
+            for batch in batches:
                 reasons = batch["reason"].to_pylist()
                 for place, one in enumerate(batch["item_id"].to_pylist()):
                     if reasons[place] is None and one in seen:

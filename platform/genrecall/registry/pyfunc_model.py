@@ -15,7 +15,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from genrecall.registry.bundle import load_bundle
 
 
-class RecallModel(PythonModel):  # type: ignore[misc]
+class RecallModel(PythonModel):
     """Loads the bundle beside it and recalls items for queries."""
 
     def load_context(self, context: PythonModelContext) -> None:

@@ -7,6 +7,8 @@ same answer: nothing is lost or counted twice when an actor dies.
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-
-import genrecall.train_worker  # isort: skip  # noqa: F401 - sets how Ray authenticates, which Ray reads when it is imported
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import GetTimeoutError, RayActorError

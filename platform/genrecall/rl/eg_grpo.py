@@ -12,6 +12,8 @@ Shapes: B requests of a step, G answers per request, T anchors.
 
 from __future__ import annotations
 
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
 import dataclasses
 import functools
 import json
@@ -26,8 +28,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-import genrecall.train_worker  # isort: skip  # noqa: F401 - sets how Ray authenticates, which Ray reads when it is imported
 import ray
 import torch
 from numpy.typing import NDArray

@@ -58,12 +58,12 @@ class RecallSettings(BaseModel):
     tracking_uri: str | None = None
     bundle_cache: str | None = None
     beam_sizes: tuple[_BeamSize, _BeamSize, _BeamSize] = (100, 50, 20)
-    max_batch_size: int = Field(16, ge=1, le=256)
-    batch_wait_s: float = Field(0.001, ge=0, le=1)
-    max_waiting: int = Field(64, ge=1)
-    follow_s: float = Field(10.0, ge=0)
+    max_batch_size: int = Field(default=16, ge=1, le=256)
+    batch_wait_s: float = Field(default=0.001, ge=0, le=1)
+    max_waiting: int = Field(default=64, ge=1)
+    follow_s: float = Field(default=10.0, ge=0)
     api_keys_file: str | None = None
-    torch_threads: int = Field(1, ge=1)
+    torch_threads: int = Field(default=1, ge=1)
 
     @field_validator("model")
     @classmethod
@@ -103,8 +103,8 @@ class RecallDeployment:
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch", initializer=torch.set_num_threads, initargs=(threads,))
         self._waiting = 0
         self._batch_began: float | None = None
-        self._answer_together.set_max_batch_size(self._settings.max_batch_size)
-        self._answer_together.set_batch_wait_timeout_s(self._settings.batch_wait_s)
+        self._answer_together.set_max_batch_size(self._settings.max_batch_size)  # type: ignore[attr-defined]  # added by serve.batch
+        self._answer_together.set_batch_wait_timeout_s(self._settings.batch_wait_s)  # type: ignore[attr-defined]
         self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded or failed", tag_keys=("outcome",))
         self._latency = Histogram("genrecall_latency_ms", "milliseconds by phase: whole, generate or expand", boundaries=_MILLISECONDS, tag_keys=("phase",))
         self._batch_size = Histogram("genrecall_batch_size", "requests decoded together", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])

@@ -25,8 +25,8 @@ class Message(BaseModel):
 class Shopper(Message):
     """What the site knows of the shopper; values unseen at training count as unknown."""
 
-    gender: str | None = Field(None, max_length=64)
-    age_band: str | None = Field(None, max_length=64)
+    gender: str | None = Field(default=None, max_length=64)
+    age_band: str | None = Field(default=None, max_length=64)
 
 
 class RecallRequest(Message):
@@ -35,10 +35,10 @@ class RecallRequest(Message):
     query: str = Field(max_length=MAX_QUERY_CHARACTERS, description="as the shopper typed it; may be empty")
     shopper: Shopper = Shopper()
     history: list[Annotated[str, Field(max_length=MAX_ITEM_ID_CHARACTERS)]] = Field(
-        [], max_length=MAX_HISTORY, description="ids of items clicked or bought before, oldest first; unknown ids are ignored"
+        default=[], max_length=MAX_HISTORY, description="ids of items clicked or bought before, oldest first; unknown ids are ignored"
     )
-    beam_size: int | None = Field(None, ge=1, le=MAX_BEAM_SIZE, description="SIDs to generate; default: by load")
-    limit: int = Field(100, ge=1, le=MAX_LIMIT, description="items to return at most")
+    beam_size: int | None = Field(default=None, ge=1, le=MAX_BEAM_SIZE, description="SIDs to generate; default: by load")
+    limit: int = Field(default=100, ge=1, le=MAX_LIMIT, description="items to return at most")
 
 
 class RecalledItem(Message):

@@ -36,5 +36,7 @@ def test_the_head_starts_with_tokens_and_a_dashboard_on_loopback(cluster):
     workers = [command for command in cluster["worker_start_ray_commands"] if "ray start" in command]
     assert len(head) == len(workers) == 1
     assert "--dashboard-host=127.0.0.1" in head[0]
-    assert all("RAY_AUTH_MODE=token" in command for command in head + workers)
+    assert all(". ~/.genrecall_env; ray start" in command for command in head + workers)
+    assert any("RAY_AUTH_MODE=token" in command and "> ~/.genrecall_env" in command for command in cluster["setup_commands"])
+    assert cluster["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head[0]
