@@ -111,9 +111,8 @@ def home_depot() -> Recipe:
             vocab_size=8192,
             hidden_size=192,
             intermediate_size=512,
-            stage1=StageConfig(steps=1500, batch_size=128, learning_rate=2e-3),
-            stage2=StageConfig(steps=1500, batch_size=128, learning_rate=1e-3),
-            stage3=StageConfig(steps=200, batch_size=64, learning_rate=3e-4),
+            stage1=StageConfig(steps=1000, batch_size=128, learning_rate=2e-3),
+            stage2=StageConfig(steps=1200, batch_size=128, learning_rate=1.5e-3),
         ),
     )
 

@@ -44,6 +44,7 @@ PLACED = pa.schema(
 _ROWS_AT_ONCE = 4096
 _COLUMNS = ("item_id", "title", "brand", "category_path", "text")
 _ORIGIN = ("file", "row", "column", "reason", "value")
+_UNREADABLE = "unreadable_input"
 _RULES_WITHOUT_EVENTS = {"max_query_characters": 1, "latest_time": 2**62}
 
 
@@ -142,6 +143,8 @@ def assign_items(bundle: Artifact, items: str, output: Path, *, category_separat
             batches: Iterable[Any] = placed.iter_batches(batch_format="pyarrow", batch_size=_ROWS_AT_ONCE)  # Arrow tables, which Ray's annotation does not say
             for batch in batches:
                 reasons = batch["reason"].to_pylist()
+                if _UNREADABLE in reasons:
+                    raise DataError(batch["value"][reasons.index(_UNREADABLE)].as_py())
                 for place, one in enumerate(batch["item_id"].to_pylist()):
                     if reasons[place] is None and one in seen:
                         reasons[place] = "duplicate_item_id"
@@ -174,13 +177,19 @@ def assign_items(bundle: Artifact, items: str, output: Path, *, category_separat
 def _checked_rows(portion: Portion, rules: RowRules) -> Iterator[pa.Table]:
     """The rows of a portion: sound ones with their columns, others with a `reason`; both with their place in the file."""
     items = pa.schema([SCHEMAS["items"].field(name).with_nullable(True) for name in _COLUMNS])
-    for chunk in read_portion(portion, SCHEMAS["items"].names, text_columns("items")):
-        checked = check_chunk(portion, chunk, rules)
-        sound, rejected = checked.table, checked.rejected
-        count = len(sound)
-        origin = {name: pa.nulls(count, REJECTED.field(name).type) for name in _ORIGIN}
-        origin |= {"file": pa.array([portion.label] * count, pa.string()), "row": sound["_row"], "value": sound["item_id"]}
-        yield pa.table([*(sound[name] for name in _COLUMNS), *origin.values()], names=[*_COLUMNS, *_ORIGIN])
-        if len(rejected):
-            nothing = [pa.nulls(len(rejected), field.type) for field in items]
-            yield pa.table([*nothing, *(rejected[name] for name in _ORIGIN)], names=[*_COLUMNS, *_ORIGIN])
+
+    def without_columns(count: int, origin: list[pa.Array]) -> pa.Table:
+        return pa.table([*(pa.nulls(count, field.type) for field in items), *origin], names=[*_COLUMNS, *_ORIGIN])
+
+    try:
+        for chunk in read_portion(portion, SCHEMAS["items"].names, text_columns("items")):
+            checked = check_chunk(portion, chunk, rules)
+            sound, count = checked.table, len(checked.table)
+            origin = {name: pa.nulls(count, REJECTED.field(name).type) for name in _ORIGIN}
+            origin |= {"file": pa.array([portion.label] * count, pa.string()), "row": sound["_row"], "value": sound["item_id"]}
+            yield pa.table([*(sound[name] for name in _COLUMNS), *origin.values()], names=[*_COLUMNS, *_ORIGIN])
+            if len(checked.rejected):
+                yield without_columns(len(checked.rejected), [checked.rejected[name] for name in _ORIGIN])
+    except DataError as error:  # travels as a row: Ray Data would wrap it and lose its type
+        found = {"file": portion.label, "reason": _UNREADABLE, "value": str(error)}
+        yield without_columns(1, [pa.array([found.get(name)], REJECTED.field(name).type) for name in _ORIGIN])

@@ -40,14 +40,14 @@ class AlignConfig:
 
     seed: int = 0
     start_stage: Literal["stage2", "stage3"] = "stage3"
-    steps: int = 150
+    steps: int = 60
     requests_per_step: int = 48
     group_size: int = 8
     num_experts: int = 2
     expert_draw: tuple[float, float, float] = (4.0, 2.0, 0.1)
     support: Literal["level", "trie"] = "level"
-    learning_rate: float = 3e-4
-    warmup_steps: int = 10
+    learning_rate: float = 5e-5
+    warmup_steps: int = 5
     weight_decay: float = 0.0
     gradient_clipping: float = 1.0
     updates_per_rollout: int = 1

@@ -54,7 +54,7 @@ def test_newcomers_get_the_sids_that_a_server_would_give_them(placed):
 
 def test_unreadable_input_leaves_nothing_behind(untrained_line, tmp_path, ray_cluster):
     (tmp_path / "items.csv").write_text("sku,title\n1,hose\n")
-    with pytest.raises(Exception, match="items lack column item_id"):
+    with pytest.raises(DataError, match="items lack column item_id"):
         assign_items(untrained_line(), str(tmp_path / "items.csv"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.csv"]
     with pytest.raises(DataError, match="nothing"):
