@@ -137,8 +137,7 @@ class Pipeline:
         config = self.recipe.bundle
         inputs = {name: self.existing(name) for name in ("dataset", "encoder", "evaluation")}
         inputs |= {name: self.existing(f"{MAIN_VARIANT}/{name}") for name in ("quantizer", "sid_index", "generator")}
-        ships_aligned = inputs["evaluation"].json("metrics.json")["served"] != MAIN_VARIANT  # an alignment that lost on validation stays behind
-        aligned = self._existing_aligned() if ships_aligned else None
+        aligned = self._existing_aligned()
         return self._stage("bundle", config, lambda run: build_bundle(config, **inputs, aligned=aligned, uri=self.uri("bundle"), force=self.force))
 
     def run_all(self) -> dict[str, Artifact]:

@@ -40,11 +40,13 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
 ALIGNED = "aligned"
+STAGE_OF = {("semantic", True): "stage2", ("personalised", True): "stage3", ("personalised", False): "stage4"}
+"""The generator's stage behind a row of the main variant: (table, whether it is the supervised row)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def evaluate(
         dataset, encoder: artifacts; the encoder is also the dense channel.
         sid_indexes, generators: variant name -> artifact, the same names in both; `config.main` must be among them.
         uri: where the artifact goes.
-        aligned: stage 4 of the main variant; the `generative` channel serves it where the validation requests show no loss to stage 3.
+        aligned: stage 4 of the main variant; the `generative` channel serves the stage that finds most on the validation requests.
         quantizers: variant name -> artifact, for the pictures of the report.
         encoders: variant name -> the encoder it was trained with, where that is not `encoder`.
         ranker: orders the pages of the simulated A/B test where `config.ab_ranker` is "learned"; else not read.
@@ -167,14 +169,17 @@ def evaluate(
     for variant in generators:
         for table, row, retriever, personalised in _runs(config, variant, sid_indexes, generators, encoders.get(variant, encoder), aligned):
             lists[table, row], elapsed = _search(retriever, data.requests, max(config.beams), personalised=personalised)
-            if table == "personalised" and variant == config.main:
-                searches[row] = elapsed
-                on_validation[row] = expand_lists(_search(retriever, data.validation, max(config.beams), personalised=True)[0], retriever.index, config.depth)
-    served_row, validation_recall = choose_served(on_validation, Tiers.of(data.validation).clicked, config.cuts)
-    seconds["generative"] = searches[served_row]
+            if variant == config.main:
+                stage_name = STAGE_OF[table, row == variant]
+                searches[stage_name] = elapsed
+                validated, _ = _search(retriever, data.validation, max(config.beams), personalised=personalised)
+                on_validation[stage_name] = expand_lists(validated, retriever.index, config.depth)
+    served_stage, validation_recall = choose_served(on_validation, Tiers.of(data.validation).clicked, config.cuts)
+    seconds["generative"] = searches[served_stage]
     main_index = load_index(sid_indexes[config.main].path)
-    served = expand_lists(lists["personalised", served_row], main_index, config.depth)
-    rankings, weights, matches = _channels(config, data, encoder, served, on_validation[served_row], seconds)
+    served_table, is_supervised = next(key for key, name in STAGE_OF.items() if name == served_stage)
+    served = expand_lists(lists[served_table, config.main if is_supervised else f"{config.main}_{ALIGNED}"], main_index, config.depth)
+    rankings, weights, matches = _channels(config, data, encoder, served, on_validation[served_stage], seconds)
     indexes = {variant: load_index(artifact.path) for variant, artifact in sid_indexes.items()}
 
     def measure(targets: Tiers) -> Results:
@@ -210,7 +215,7 @@ def evaluate(
         "query_kind": data.query_kind,
         "counts": _counts(stats, data, tiers),
         "main": config.main,
-        "served": served_row,
+        "served": served_stage,
         "validation_recall": validation_recall,
         "fusion_weights": weights,
         "slices": {one.name: one.about for one in slices},

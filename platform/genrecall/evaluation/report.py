@@ -17,7 +17,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from genrecall.evaluation.records import find
-from genrecall.evaluation.results_table import channel_metrics, cuts_of, gain_records, meaning, row_name, rows_of, show, variant_metrics
+from genrecall.evaluation.results_table import (
+    STAGE_NAMES,
+    aligned_row,
+    channel_metrics,
+    cuts_of,
+    gain_records,
+    meaning,
+    row_name,
+    rows_of,
+    show,
+    variant_metrics,
+)
 from genrecall.storage import Artifact
 
 OURS, OTHERS, GREY = "#c2410c", "#475569", "#cbd5e1"
@@ -101,7 +112,7 @@ def write_report(
     html = page.render(
         dataset=metrics["dataset"],
         summary=f"{counts['headline_requests']:,} of {counts['test_requests']:,} test requests · {counts['items']:,} items · "
-        f"split {metrics['split'].replace('_', ' ')} · {metrics['query_kind']} queries · served: {row_name(metrics['served'])}",
+        f"split {metrics['split'].replace('_', ' ')} · {metrics['query_kind']} queries · served: {STAGE_NAMES[metrics['served']]}",
         meaning=meaning(metrics),
         sections=[section for section in sections if section["rows"] or section["images"] or section["numbers"]],
         notes=[*metrics["notes"], "Means are over requests with a target of the tier; n/a where the data set has none.", *weights],
@@ -175,7 +186,7 @@ def _variant_section(metrics: Mapping[str, Any], table: str) -> dict[str, Any] |
         "personalised": "Stage 3 and, after alignment, stage 4: the model reads the query and the shopper.",
     }[table]
     names = [*variant_metrics(metrics), "exp@10", "pvr@10", "buy@10"]
-    body = _table(metrics, table, names, ours=(metrics["main"], metrics["served"]))
+    body = _table(metrics, table, names, ours=(metrics["main"], aligned_row(metrics)))
     for row, content in zip(rows, body, strict=True):
         size = find(metrics, table, row, "items_per_sid") or find(metrics, table, metrics["main"], "items_per_sid")
         content["cells"].insert(1, {"text": "n/a" if size is None else f"{size['value']:.1f}", "small": "", "kind": ""})

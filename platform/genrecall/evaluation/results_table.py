@@ -24,6 +24,7 @@ _VARIANT_NAMES = {
     "cqsid_without_query": "CQ-SID without query",
     "cqsid_aligned": "CQ-SID + EG-GRPO",
 }
+STAGE_NAMES = {"stage2": "stage 2 (query alone)", "stage3": "stage 3 (query and shopper)", "stage4": "stage 4 (EG-GRPO)"}
 _ABSENT = "n/a"
 _WIDTH = 118
 
@@ -88,10 +89,10 @@ def served_line(metrics: Mapping[str, Any]) -> str:
     if len(measured) < 2:
         return ""
     said = "; ".join(
-        f"{row_name(row)} " + ", ".join(f"{name} {_share(value) if value is not None else _ABSENT}" for name, value in one.items())
+        f"{STAGE_NAMES[row]} " + ", ".join(f"{name} {_share(value) if value is not None else _ABSENT}" for name, value in one.items())
         for row, one in measured.items()
     )
-    return f"Served: {row_name(metrics['served'])}, by recall on the validation requests ({said})."
+    return f"Served: {STAGE_NAMES[metrics['served']]}, by recall on the validation requests ({said})."
 
 
 def show(record: Record | None, *, interval: bool = False) -> str:

@@ -53,6 +53,7 @@ class Retriever:
         trie, index, table: of one `sid_index` artifact.
         encoder: its query vectors become soft prompts and choose the related history; None is allowed where neither is used.
         support: over what the probabilities of a level are normalised, see `decoding.beam_search`.
+        personalised: whether prompts hold the shopper, unless a call says otherwise.
 
     Raises:
         RetrieverError: model, trie and table of different SID spaces, or no encoder where prompts need one.
@@ -68,6 +69,7 @@ class Retriever:
         encoder: TextEncoder | None,
         *,
         support: Support = "level",
+        personalised: bool = True,
     ) -> None:
         sizes = tuple(table.space.alphabet_sizes)
         if tuple(model.config.alphabet_sizes) != sizes or tuple(trie.alphabet_sizes) != sizes or not len(trie) == len(index) == len(table):
@@ -82,6 +84,7 @@ class Retriever:
         self.trie, self.index, self.table = trie, index, table
         self.encoder = encoder
         self.support = support
+        self.personalised = personalised
 
     def prompts(
         self,
@@ -90,10 +93,11 @@ class Retriever:
         age_bands: Sequence[str | None],
         histories: Sequence[np.ndarray],
         *,
-        personalised: bool = True,
+        personalised: bool | None = None,
     ) -> Prompts:
         """The prompts of R requests, on the CPU; arguments as for `generate`."""
         builder = self.prompt_builder
+        personalised = self.personalised if personalised is None else personalised
         with_history = personalised and builder.level1_centroids is not None and any(len(history) for history in histories)
         vectors = None
         if self.encoder is not None and (builder.soft_prompt or with_history):
@@ -111,7 +115,7 @@ class Retriever:
         histories: Sequence[np.ndarray],
         *,
         beam_size: int,
-        personalised: bool = True,
+        personalised: bool | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best SIDs of R requests.
 
@@ -120,7 +124,7 @@ class Retriever:
             genders, age_bands: R values or None; a value unseen at training counts as unknown.
             histories: R arrays int32 of item rows, oldest first; rows outside the catalogue (-1) are skipped.
             beam_size: SIDs a request, at least 1.
-            personalised: False leaves the shopper out of the prompt.
+            personalised: False leaves the shopper out of the prompt; None: as the retriever was made.
 
         Returns:
             SID rows int32 [R, beam_size], best first, -1 where there are fewer valid SIDs; log-probabilities float32
@@ -155,7 +159,7 @@ class Retriever:
         *,
         beam_size: int,
         limit: int,
-        personalised: bool = True,
+        personalised: bool | None = None,
     ) -> list[RecallResult]:
         """At most `limit` items for each request, from its best `beam_size` SIDs; arguments and errors as for `generate`."""
         sid_rows, scores = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised)
@@ -178,6 +182,7 @@ def load_retriever(
     sid_index: Path,
     encoder: Path,
     support: Support = "level",
+    personalised: bool = True,
     device: str | None = None,
 ) -> Retriever:
     """A retriever from artifact folders.
@@ -187,6 +192,7 @@ def load_retriever(
         stage: the name of a stage folder in it, e.g. `"stage3"`, or the path of one elsewhere (an aligned generator's `stage4`).
         sid_index, encoder: folders of those artifacts.
         support: as recorded by the stage that trained the generator.
+        personalised: whether prompts hold the shopper; False for a stage-2 generator, which never saw one.
         device: default: the first CUDA device, else the CPU.
 
     Raises:
@@ -198,4 +204,13 @@ def load_retriever(
     place = device or str(default_device())
     model = Decoder.from_pretrained(folder).to(place)
     builder = PromptBuilder.load(generator_folder)
-    return Retriever(model, builder, load_trie(sid_index, place), load_index(sid_index), load_sid_table(sid_index), load_encoder(encoder), support=support)
+    return Retriever(
+        model,
+        builder,
+        load_trie(sid_index, place),
+        load_index(sid_index),
+        load_sid_table(sid_index),
+        load_encoder(encoder),
+        support=support,
+        personalised=personalised,
+    )

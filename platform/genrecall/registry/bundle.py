@@ -114,19 +114,23 @@ def build_bundle(
     uri: str,
     force: bool = False,
 ) -> Artifact:
-    """Copy the parts of one line into a bundle at `uri`.
+    """Copy the parts of one line into a bundle at `uri`, with the generator's stage that the evaluation chose on validation requests.
 
     Raises:
         BundleError: parts that were not made from each other, naming the job to rerun.
     """
     parts = {"dataset": dataset, "encoder": encoder, "quantizer": quantizer, "sid_index": sid_index, "generator": generator, "evaluation": evaluation}
-    if aligned is not None:
+    served_stage = evaluation.json("metrics.json").get("served") or ("stage3" if aligned is None else "stage4")
+    if served_stage == "stage4":
+        if aligned is None:
+            raise BundleError(f"{evaluation.uri}: chose stage 4, and no aligned generator was given; rerun jobs/evaluate.py")
         parts["aligned"] = aligned
     check_lineage(parts)
     stage = Stage(kind="bundle", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parts, seed=config.seed, job="register_model")
     if done := stage.current(force=force):
         return done
-    trained, model_folder = (aligned, aligned.file("stage4")) if aligned is not None else (generator, generator.file("stage3"))
+    trained = parts.get("aligned", generator)
+    model_folder = trained.file(served_stage)
     with stage.write() as draft:
         _copy(encoder.path, draft.path / "encoder")
         _copy(quantizer.path, draft.path / "quantizer")
@@ -157,7 +161,7 @@ def build_bundle(
             "parts": {name: part.hash for name, part in parts.items()},
         }
         (draft.path / "bundle.json").write_text(json.dumps(about, indent=2, sort_keys=True))
-        retriever = _retriever(draft.path, about["support"])
+        retriever = _retriever(draft.path, about)
         queries = [query for query in dict.fromkeys(load_requests(dataset, "validation", catalog).queries) if query][: config.warm_up_requests]
         (draft.path / "warm_up.json").write_text(json.dumps(_warm_up(retriever, queries or [catalog.titles[0]], config.warm_up_beam_size), indent=1))
         draft.row_counts |= {"items": len(catalog), "sids": len(retriever.table)}
@@ -197,7 +201,7 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         raise BundleError(f"{path}: holds {', '.join(foreign)}; a bundle holds only {', '.join(sorted(_ALLOWED_SUFFIXES))} files. Nothing was loaded")
     try:
         about = artifact.json("bundle.json")
-        retriever = _retriever(artifact.path, about["support"])
+        retriever = _retriever(artifact.path, about)
         items = pq.read_table(artifact.file("items.parquet")).combine_chunks()
         metrics = artifact.json("metrics.json")
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
@@ -241,13 +245,14 @@ def _differs(expected: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
     return any(abs(stored.get(sid, last) - found.get(sid, last)) > 2 * WARM_UP_TOLERANCE for sid in stored.keys() | found.keys())
 
 
-def _retriever(folder: Path, support: str) -> Retriever:
+def _retriever(folder: Path, about: Mapping[str, Any]) -> Retriever:
     return load_retriever(
         generator_folder=folder / "generator",
         stage="stage",
         sid_index=folder / "sid_index",
         encoder=folder / "encoder",
-        support=support,  # type: ignore[arg-type]
+        support=about["support"],
+        personalised=about["stage"] != "stage2",
     )
 
 
