@@ -26,7 +26,7 @@ from genrecall.encoders.text_encoder import load_encoder
 from genrecall.ranking.features import FEATURES, ItemStatistics, PairFeatures, item_statistics, positions_in, propensity, ragged
 from genrecall.storage import Artifact, Stage
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 
 EXPOSURE_LABEL, CLICK_LABEL, PURCHASE_LABEL = 0, 1, 3
 _MAX_INVERSE_PROPENSITY = 10.0
