@@ -28,6 +28,17 @@ from genrecall.config import config_hash, to_dict
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_JOB_OF_KIND = {
+    "dataset": "prepare_data",
+    "encoder": "train_encoder",
+    "quantizer": "train_quantizer",
+    "sid_index": "build_sid_index",
+    "generator": "train_generator",
+    "ranker": "train_ranker",
+    "aligned": "align_generator",
+    "evaluation": "evaluate",
+    "bundle": "register_model",
+}
 _RECORDED_LIBRARIES = ("genrecall", "torch", "ray", "deepspeed", "mlflow", "faiss-cpu", "transformers", "lightgbm", "numpy", "pyarrow")
 
 
@@ -185,10 +196,7 @@ def open_artifact(uri: str, *, kind: str | None = None) -> Artifact:
     """
     manifest = read_manifest(uri)
     if manifest is None:
-        raise ArtifactError(
-            f"{uri}: no {kind or 'artifact'} here (no {MANIFEST}); run the job that makes it"
-            + (f" (jobs/train_{kind}.py or jobs/run_pipeline.py)" if kind else "")
-        )
+        raise ArtifactError(f"{uri}: no {kind or 'artifact'} here (no {MANIFEST}); run jobs/{_JOB_OF_KIND.get(kind or '', 'run_pipeline')}.py first")
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError(f"{uri}: expected an artifact of kind {kind!r}, found {manifest.get('kind')!r}")
     path = _download(uri, manifest) if "://" in uri else Path(uri)

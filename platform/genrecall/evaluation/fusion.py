@@ -17,7 +17,7 @@ import numpy as np
 from genrecall.evaluation.metrics import Targets, mean_over_requests, ranking_positions, recall_at
 
 RRF_K = 60
-WEIGHT_GRID = (0.25, 0.5, 1.0, 2.0, 4.0)
+WEIGHT_GRID = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 10.0)
 
 
 @dataclass(frozen=True)

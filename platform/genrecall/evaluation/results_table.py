@@ -124,7 +124,7 @@ def meaning(metrics: Mapping[str, Any]) -> str:
     if gain["low"] > 0:
         verdict = f"adding the generative channel to BM25 + dense raises recall@{at} by {show_gain(gain)}: ahead, the interval lies above zero."
     elif gain["high"] is not None and gain["high"] < 0:
-        verdict = f"adding the generative channel to BM25 + dense lowers recall@{at}, by {show_gain(gain)}: do not ship this version."
+        verdict = f"adding the generative channel to BM25 + dense lowers recall@{at}, by {show_gain(gain)}: behind, the interval lies below zero; give the channel less weight or train it longer."
     else:
         verdict = f"adding the generative channel to BM25 + dense changes recall@{at} by {show_gain(gain)}: no gain is proven, the interval holds zero."
     return "What it means: " + verdict + found

@@ -57,5 +57,5 @@ def test_unreadable_input_leaves_nothing_behind(untrained_line, tmp_path, ray_cl
     with pytest.raises(DataError, match="items lack column item_id"):
         assign_items(untrained_line(), str(tmp_path / "items.csv"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.csv"]
-    with pytest.raises(DataError, match="nothing"):
+    with pytest.raises(DataError, match="no files at"):
         assign_items(untrained_line(), str(tmp_path / "absent"), tmp_path / "out")
