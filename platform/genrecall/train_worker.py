@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -210,11 +211,11 @@ class TrainWorker:
         dtype: torch.dtype | None = None,
     ) -> None:
         import deepspeed  # slow to import, and only workers need it
-        import deepspeed.comm.torch as deepspeed_comm
 
         # On CPUs DeepSpeed would compile a shared-memory all-reduce with g++ at the first fit of every environment (half a minute,
         # and no compiler is asked for otherwise); gloo does that work.
-        deepspeed_comm.build_shm_op = lambda: None
+        # (By its full name: the attribute `deepspeed.comm.torch` is PyTorch itself.)
+        vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
 
         settings = loop_config["_worker"]["train"]
         context = ray_train.get_context()
