@@ -106,13 +106,13 @@ def home_depot() -> Recipe:
         name="home_depot",
         data=PrepareDataConfig(source="home_depot"),
         encoder=EncoderConfig(objective="contrastive", category_fraction=0.0, dim=256, steps=1200),
-        quantizer=QuantizerConfig(level_sizes=(128, 16, 16), use_category=False, steps=1500),
+        quantizer=QuantizerConfig(level_sizes=(256, 32, 32), use_category=False, steps=2000),
         generator=GeneratorConfig(
             vocab_size=8192,
             hidden_size=192,
             intermediate_size=512,
-            stage1=StageConfig(steps=1500, batch_size=128, learning_rate=2e-3),
-            stage2=StageConfig(steps=2000, batch_size=128, learning_rate=1.5e-3),
+            stage1=StageConfig(steps=1000, batch_size=128, learning_rate=2e-3),
+            stage2=StageConfig(steps=1200, batch_size=128, learning_rate=1.5e-3),
         ),
     )
 
