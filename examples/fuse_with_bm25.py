@@ -50,14 +50,17 @@ def main() -> None:
 
     answer = recall(arguments.url, arguments.query, 100)
     use_tracking(places())
-    bundle = load_bundle(fetch_bundle(resolve(f"models:/{answer['versions']['model']}", MlflowClient())), verify=False)
-    bm25 = Bm25([f"{title} {brand} {' '.join(path)}" for title, brand, path in zip(bundle.titles, bundle.brands, bundle.category_paths, strict=True)])
-    [rows], _ = bm25.search([arguments.query], 100)
-    lexical = [bundle.item_ids[row] for row in rows if row >= 0]
+    client = MlflowClient()
+    bundle = load_bundle(fetch_bundle(resolve(f"models:/{answer['versions']['model']}", client), client), verify=False)
+    items = bundle.items.to_pylist()
+    bm25 = Bm25([" ".join([item["title"], item["brand"] or "", *item["category_path"]]) for item in items])
+    rankings, _ = bm25.search([arguments.query], 100)
+    lexical = [items[row]["item_id"] for row in rankings[0] if row >= 0]
+    titles = {item["item_id"]: item["title"] for item in items}
     generative = [item["item_id"] for item in answer["items"]]
     for rank, item_id in enumerate(fuse([lexical, generative])[: arguments.limit], start=1):
         sources = [name for name, ranking in (("bm25", lexical), ("generative", generative)) if item_id in ranking]
-        print(f"{rank:3}  {bundle.titles[bundle.row_of[item_id]][:80]:80}  {' + '.join(sources)}")
+        print(f"{rank:3}  {titles[item_id][:80]:80}  {' + '.join(sources)}")
 
 
 if __name__ == "__main__":
