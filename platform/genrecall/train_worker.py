@@ -66,14 +66,11 @@ class TrainSettings:
     tracking_run_id: str | None = None
 
     def problems(self) -> list[str]:
-        found = [
+        return [
             f"{name}: must be at least 1, got {getattr(self, name)}"
             for name in ("num_workers", "cpus_per_worker", "checkpoint_every_steps")
             if getattr(self, name) < 1
         ]
-        if self.use_gpu and not torch.cuda.is_available():
-            found.append("use_gpu: no CUDA device is visible here; set train.use_gpu=false")
-        return found
 
 
 def ensure_ray(num_cpus: int | None = None) -> None:
@@ -127,6 +124,9 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
             f"{name}: asks for {train.num_workers} workers x {train.cpus_per_worker} CPUs, the cluster has {available}; "
             "lower train.num_workers or train.cpus_per_worker"
         )
+    gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+    if train.use_gpu and gpus < train.num_workers:
+        raise TrainingError(f"{name}: asks for {train.num_workers} GPUs, the cluster has {gpus}; set train.use_gpu=false or lower train.num_workers")
     work_parent, _, work_name = stage.work_uri.rpartition("/")
     if "://" not in work_parent:
         Path(work_parent).mkdir(parents=True, exist_ok=True)

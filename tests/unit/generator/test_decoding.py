@@ -184,7 +184,7 @@ def test_a_batch_of_unequal_prompts_equals_single_searches(support: str) -> None
         single = Prompts.from_rows([ROWS[row]], prompts.soft[row : row + 1])
         alone = beam_search(model, single, trie, beam_size=7, support=support)
         assert together.sid_rows[row].tolist() == alone.sid_rows[0].tolist()
-        torch.testing.assert_close(together.scores[row], alone.scores[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(together.scores[row], alone.scores[0], atol=1e-4, rtol=0)
 
 
 def test_the_soft_prompt_changes_the_answer_of_its_row_only() -> None:
