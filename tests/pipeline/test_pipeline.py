@@ -68,9 +68,8 @@ def test_registered_version_is_champion_and_holds_the_bundle(tiny_pipeline: Pipe
 
 def test_the_models_metrics_are_linked_to_it_in_mlflow(tiny_pipeline: Pipeline) -> None:
     version = register_bundle(tiny_pipeline)
-    model_id = MlflowClient().get_model_version(version.name, str(version.number)).model_id
-    assert model_id is not None
-    metrics = {metric.key for metric in mlflow.get_logged_model(model_id).metrics}
+    source = MlflowClient().get_model_version(version.name, str(version.number)).source
+    metrics = {metric.key for metric in mlflow.get_logged_model(source.removeprefix("models:/")).metrics}
     assert "channels/generative/recall_at_100" in metrics
 
 
