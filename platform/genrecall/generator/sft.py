@@ -28,13 +28,13 @@ from torch import Tensor
 
 from genrecall.config import from_dict, to_dict
 from genrecall.data.catalog import Catalog, load_catalog
-from genrecall.data.interactions import Requests, load_requests
+from genrecall.data.interactions import Requests, known_at_split, load_requests
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import Batches
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
 from genrecall.generator.tokenizer import QueryTokenizer
-from genrecall.generator.training_data import Validation, build_training_data, known_at_split, make_prompt_builder
+from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
 from genrecall.sid.index import load_sid_table, load_trie
 from genrecall.sid.semantic_id import SidTable
 from genrecall.storage import Artifact, Stage, open_artifact

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from genrecall.data.catalog import Catalog
-from genrecall.data.interactions import Requests, query_item_pairs
+from genrecall.data.interactions import Requests, known_at_split, query_item_pairs
 from genrecall.encoders.text_encoder import TextEncoder
 from genrecall.generator.corruption import corrupt, short_text
 from genrecall.generator.decoding import Support, beam_search, group_log_probs
@@ -137,14 +137,6 @@ def request_bank(builder: PromptBuilder, requests: Requests, table: SidTable, ve
     offsets = np.concatenate([[0], np.cumsum([len(history) for history in requests.history])]).astype(np.int64)
     related = builder.related_level1(vectors)
     return builder.request_bank(requests.queries, requests.genders, requests.age_bands, table.tokens_of_items(flat), offsets, related)
-
-
-def known_at_split(catalog: Catalog, requests: Requests) -> np.ndarray:
-    """bool [N]: items not first seen after the last training request; all of them where the catalogue or the log has no dates."""
-    dated = ~np.isnat(catalog.first_seen)
-    last = int(np.max(requests.times)) if len(requests) else 0
-    known = ~dated | (catalog.first_seen.astype("datetime64[us]").astype(np.int64) <= last)
-    return known if known.any() else np.ones(len(catalog), dtype=bool)
 
 
 def _item_examples(config: GeneratorConfig, catalog: Catalog, requests: Requests, table: SidTable, builder: PromptBuilder, texts: _Texts) -> ExampleSet:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from genrecall.config import ConfigError, apply_overrides
+from genrecall.data.interactions import known_at_split
 from genrecall.generator.examples import Batches
 from genrecall.generator.model import Decoder
 from genrecall.generator.sft import (
@@ -21,7 +22,7 @@ from genrecall.generator.sft import (
     sft_loss,
     train_tokenizer,
 )
-from genrecall.generator.training_data import NothingToLearnError, Validation, build_training_data, known_at_split, make_prompt_builder
+from genrecall.generator.training_data import NothingToLearnError, Validation, build_training_data, make_prompt_builder
 from genrecall.sid.trie import Trie
 
 CONFIG = GeneratorConfig(
