@@ -10,10 +10,10 @@ export MLFLOW_TRACKING_URI ?= sqlite:///$(GENRECALL_HOME)/mlflow.db
 export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve test lint pipeline mlflow clean
+.PHONY: help setup demo serve test lint pipeline mlflow bench-tables clean
 
 help: ## list the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("genrecall needs Python 3.11 or newer, this is %d.%d; try make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -35,6 +35,9 @@ serve: setup ## serve the champion on http://127.0.0.1:8000
 
 mlflow: setup ## show runs, models and aliases on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+bench-tables: setup ## rebuild the quality tables (hours on two cores; resumes)
+	$(BIN)/python benchmarks/quality.py
 
 lint: setup ## ruff, import contracts, mypy
 	$(BIN)/ruff check .

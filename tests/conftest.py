@@ -49,7 +49,7 @@ def real_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """`untrained_line(seed=0, recall=0.5)` is a bundle of 40 items whose decoder never trained: real artifacts, made in a second, no Ray.
+    """`untrained_line(seed=0, recall=0.5)` is a bundle of 40 items whose guided decoder never trained: real artifacts, made in a second, no Ray.
 
     Bundles of different seeds answer differently. `untrained_line.parts(...)` are the artifacts that it is made of.
     """
@@ -58,7 +58,9 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     import pyarrow.parquet as pq
     import torch
 
+    from genrecall.data.catalog import load_catalog
     from genrecall.data.schema import ITEMS, REQUESTS
+    from genrecall.encoders.embed import embed_catalog, load_item_embeddings
     from genrecall.encoders.text_encoder import load_encoder, save_towers
     from genrecall.encoders.towers import NgramTowers
     from genrecall.generator.examples import PromptBuilder
@@ -97,18 +99,25 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
 
     dataset = made("dataset", "dataset", fill_dataset)
     torch.manual_seed(0)
-    encoder = made("encoder", "encoder", lambda folder, _: save_towers(NgramTowers(dim=16, hidden=16, num_buckets=512), folder), dataset=dataset)
+
+    def fill_encoder(folder: Path, counts: dict[str, int]) -> None:
+        save_towers(NgramTowers(dim=16, hidden=16, num_buckets=512), folder)
+        embed_catalog(load_encoder(folder), load_catalog(dataset), folder)
+
+    encoder = made("encoder", "encoder", fill_encoder, dataset=dataset)
     books = [torch.randn(size, 16) / 4 for size in (4, 3, 3)]
 
     def fill_quantizer(folder: Path, counts: dict[str, int]) -> None:
         frozen = FrozenQuantizer(None, books, None, input_dim=16)
         frozen.save(folder)
-        codes, residuals = frozen.place(load_encoder(encoder.path).encode_items(titles), [()] * len(titles))
+        codes, residuals = frozen.place(load_item_embeddings(encoder.path), [()] * len(titles))
         np.save(folder / "codes.npy", codes)
         np.save(folder / "residuals.npy", residuals.astype(np.float16))
 
     quantizer = made("quantizer", "quantizer", fill_quantizer, dataset=dataset, encoder=encoder)
-    sid_index = build_sid_index(SidIndexConfig(max_items_per_sid=5), dataset=dataset, quantizer=quantizer, uri=str(root / "sid_index"))
+    inputs = {"dataset": dataset, "encoder": encoder}
+    sid_index = build_sid_index(SidIndexConfig(max_items_per_sid=5), **inputs, quantizer=quantizer, uri=str(root / "sid_index"))
+    inputs["sid_index"] = sid_index
     space = load_sid_table(sid_index.path).space
 
     def fill_generator(folder: Path, counts: dict[str, int]) -> None:
@@ -124,15 +133,15 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
             num_kv_heads=1,
             intermediate_size=48,
             soft_prompt_dim=16,
+            guide_sharpness=1.0,  # little, so that what differs between seeds decides
             max_positions=128,
         )
         (folder / "stage3").mkdir()
         Decoder(config, seed=seed).save_pretrained(folder / "stage3")
         PromptBuilder(tokenizer, config.level_offsets, max_history=4).save(folder)
-        (folder / "training.json").write_text(json.dumps({"support": "level"}))
+        (folder / "training.json").write_text(json.dumps({"support": "trie"}))
 
     def parts(seed: int = 0, recall: float = 0.5) -> dict[str, Any]:
-        inputs = {"dataset": dataset, "encoder": encoder, "sid_index": sid_index}
         generator = made("generator", f"generator{seed}", fill_generator, seed=seed, **inputs)
         record = {"table": "channels", "dataset": "toy", "row": "generative", "metric": "recall@100", "slice": "", "n": 4}
         metrics = {"dataset": "toy", "dataset_hash": dataset.hash, "records": [record | {"value": recall, "low": recall - 0.01, "high": recall + 0.01}]}

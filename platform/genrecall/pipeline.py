@@ -92,7 +92,7 @@ class Pipeline:
 
     def sid_index(self, variant: str = MAIN_VARIANT) -> Artifact:
         name, config = f"{variant}/sid_index", self.recipe.sid
-        inputs = {"dataset": self.existing("dataset"), "quantizer": self.existing(f"{variant}/quantizer")}
+        inputs = {"dataset": self.existing("dataset"), "encoder": self.existing("encoder"), "quantizer": self.existing(f"{variant}/quantizer")}
         return self._stage(name, config, lambda run: build_sid_index(config, **inputs, uri=self.uri(name), force=self.force))
 
     def generator(self, variant: str = MAIN_VARIANT) -> Artifact:

@@ -23,10 +23,13 @@ MAIN_VARIANT = "cqsid"
 VARIANTS: Mapping[str, Callable[[QuantizerConfig], QuantizerConfig]] = {
     "cqsid": lambda config: config,
     "rqvae": lambda config: replace(config, use_category=False, use_query=False),
+    "rqvae_resized": lambda config: replace(config, use_category=False, use_query=False),
     "cqsid_without_category": lambda config: replace(config, use_category=False),
     "cqsid_without_query": lambda config: replace(config, use_query=False),
     "rqkmeans": lambda config: replace(config, method="rqkmeans", use_category=False, use_query=False),
 }
+
+RESIZED = "rqvae_resized"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class Recipe:
     Attributes:
         name: folder under `GENRECALL_HOME`, and `genrecall-<name>` in the model registry unless `registry.model_name` says otherwise.
         variants: the SIDs to compare; `cqsid` is always among them.
+        resized_levels: books of the variant `rqvae_resized`, RQ-VAE with clusters as large on average as CQ-SID's; None: this recipe has none.
         align: None leaves out the reinforcement learning.
     """
 
@@ -44,6 +48,7 @@ class Recipe:
     data: PrepareDataConfig
     encoder: EncoderConfig = EncoderConfig()  # noqa: RUF009 - frozen, as all below
     quantizer: QuantizerConfig = QuantizerConfig()  # noqa: RUF009
+    resized_levels: tuple[int, int, int] | None = None
     sid: SidIndexConfig = SidIndexConfig()  # noqa: RUF009
     generator: GeneratorConfig = GeneratorConfig()  # noqa: RUF009
     ranker: RankerConfig = RankerConfig()  # noqa: RUF009
@@ -57,11 +62,19 @@ class Recipe:
         found = [f"variants: unknown {name!r}; known: {', '.join(VARIANTS)}" for name in self.variants if name not in VARIANTS]
         if MAIN_VARIANT not in self.variants:
             found.append(f"variants: must hold {MAIN_VARIANT!r}, the one that is served; got {self.variants}")
+        if self.align is not None and self.align.support != self.generator.support:
+            found.append(
+                f"align.support: expected {self.generator.support!r}, the generator's (guided={str(self.generator.guided).lower()}), got {self.align.support!r}; "
+                "samples, update and search must share one support"
+            )
+        if RESIZED in self.variants and self.resized_levels is None:
+            found.append(f"variants: {RESIZED!r} needs resized_levels, the books that give RQ-VAE clusters as large as CQ-SID's")
         return found
 
     def quantizer_of(self, variant: str) -> QuantizerConfig:
         """The quantiser's config for one variant: the recipe's with that variant's switches."""
-        return VARIANTS[variant](self.quantizer)
+        config = VARIANTS[variant](self.quantizer)
+        return config if variant != RESIZED or self.resized_levels is None else replace(config, level_sizes=self.resized_levels)
 
     @property
     def registered_name(self) -> str:
@@ -140,7 +153,7 @@ def ubi() -> Recipe:
 
 
 def paper() -> Recipe:
-    """The sizes of arXiv:2605.14434, for a cluster with GPUs: 2.1e7 items, codebooks 2048 x 1024 x 1024, Qwen2.5-0.5B."""
+    """The sizes and the unguided generator of arXiv:2605.14434, for a cluster with GPUs: 2.1e7 items, codebooks 2048 x 1024 x 1024, Qwen2.5-0.5B."""
     return Recipe(
         name="paper",
         data=PrepareDataConfig(source="canonical", events_per_partition=2_000_000),
@@ -148,11 +161,12 @@ def paper() -> Recipe:
         quantizer=QuantizerConfig(level_sizes=(2048, 1024, 1024), min_items=100, gamma=0.001, steps=200_000, batch_size=1024, latent_dim=256, hidden_dim=1024),
         generator=GeneratorConfig(
             base_model="Qwen2.5-0.5B",
+            guided=False,
             stage1=StageConfig(steps=2000, batch_size=128, learning_rate=1e-4),
             stage2=StageConfig(steps=2500, batch_size=256, learning_rate=4e-5),
             stage3=StageConfig(steps=5000, batch_size=64, learning_rate=4e-5),
         ),
-        align=AlignConfig(steps=1000, requests_per_step=64, learning_rate=1e-6, cpus_per_rollout=1.0, gpus_per_rollout=1.0, rollout_actors=4),
+        align=AlignConfig(support="level", steps=1000, requests_per_step=64, learning_rate=1e-6, cpus_per_rollout=1.0, gpus_per_rollout=1.0, rollout_actors=4),
         train=TrainSettings(num_workers=8, cpus_per_worker=8, use_gpu=True),
     )
 

@@ -30,17 +30,17 @@ from genrecall.evaluation.fusion import fuse, gather_candidates, tune_weights
 from genrecall.evaluation.leaks import check_no_leaks
 from genrecall.evaluation.records import Record, RecordMaker, Results
 from genrecall.evaluation.report import write_report
-from genrecall.evaluation.request_metrics import Tiers, channel_columns, expand_lists, sid_columns
+from genrecall.evaluation.request_metrics import Tiers, channel_columns, item_lists, sid_columns
 from genrecall.evaluation.served_stage import choose_served
 from genrecall.evaluation.slices import Sample, Slice, cold_items, request_slices, sample_requests
-from genrecall.generator.retriever import Retriever, load_retriever
+from genrecall.generator.retriever import GeneratedSids, Retriever, load_retriever
 from genrecall.ranking.ranker import load_ranker
 from genrecall.sid.index import load_index
 from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 4
+ALGORITHM_VERSION = 5
 HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
@@ -163,22 +163,28 @@ def evaluate(
     tiers = Tiers.of(data.requests)
     maker = RecordMaker(str(stats["source"]), config.bootstrap_samples, config.seed)
     lists: dict[tuple[str, str], np.ndarray] = {}
+    ranked: dict[tuple[str, str], np.ndarray] = {}
+    guided: dict[str, bool] = {}
     seconds: dict[str, float] = {}
     searches: dict[str, float] = {}
     on_validation: dict[str, np.ndarray] = {}
     for variant in generators:
         for table, row, retriever, personalised in _runs(config, variant, sid_indexes, generators, encoders.get(variant, encoder), aligned):
-            lists[table, row], elapsed = _search(retriever, data.requests, max(config.beams), personalised=personalised)
+            found, elapsed = _search(retriever, data.requests, max(config.beams), personalised=personalised)
+            lists[table, row] = found.sid_rows
+            guided[row] = retriever.model.guidance is not None
+            if guided[row] or variant == config.main:
+                ranked[table, row] = item_lists(retriever, found, max(config.depth, *config.item_budgets))
             if variant == config.main:
                 stage_name = STAGE_OF[table, row == variant]
                 searches[stage_name] = elapsed
                 validated, _ = _search(retriever, data.validation, max(config.beams), personalised=personalised)
-                on_validation[stage_name] = expand_lists(validated, retriever.index, config.depth)
+                on_validation[stage_name] = item_lists(retriever, validated, config.depth)
     served_stage, validation_recall = choose_served(on_validation, Tiers.of(data.validation).clicked, config.cuts)
     seconds["generative"] = searches[served_stage]
     main_index = load_index(sid_indexes[config.main].path)
     served_table, is_supervised = next(key for key, name in STAGE_OF.items() if name == served_stage)
-    served = expand_lists(lists[served_table, config.main if is_supervised else f"{config.main}_{ALIGNED}"], main_index, config.depth)
+    served = ranked[served_table, config.main if is_supervised else f"{config.main}_{ALIGNED}"][:, : config.depth]
     rankings, weights, matches = _channels(config, data, encoder, served, on_validation[served_stage], seconds)
     indexes = {variant: load_index(artifact.path) for variant, artifact in sid_indexes.items()}
 
@@ -187,7 +193,8 @@ def evaluate(
         for (table, row), sid_rows in lists.items():
             index = indexes.get(row, main_index)
             shape = {"beams": config.beams, "budgets": config.item_budgets, "cut_items": config.cut_items, "cut_beams": config.cut_beams}
-            results.add(table, row, sid_columns(sid_rows, index, targets, **shape))  # type: ignore[arg-type]
+            by_item = ranked.get((table, row)) if guided[row] else None
+            results.add(table, row, sid_columns(sid_rows, index, targets, by_item, **shape))  # type: ignore[arg-type]
         channels = channel_columns(rankings, targets, num_items=len(data.catalog), cuts=config.cuts, existing=EXISTING, ours="generative")
         for channel, columns in channels.items():
             results.add("channels", channel, columns)
@@ -293,19 +300,17 @@ def _runs(
         if not stage.is_dir():
             logger.warning("evaluate: %s has no %s, so the table %r lacks the row %r", generators[variant].uri, stage.name, table, row)
             continue
-        support = json.loads((stage / "genrecall.json").read_text()).get("support", "level")
+        support = json.loads((stage.parent / "training.json").read_text())["support"]
         retriever = load_retriever(generator_folder=folder, stage=stage.absolute(), sid_index=sid_indexes[variant].path, encoder=encoder.path, support=support)
         found.append((table, row, retriever, personalised))
     return found
 
 
-def _search(retriever: Retriever, requests: Requests, beam_size: int, *, personalised: bool) -> tuple[np.ndarray, float]:
-    """SID lists int32 [R, B] and the seconds that a thousand queries take."""
-    if not len(requests):
-        return np.full((0, beam_size), -1, dtype=np.int32), 0.0
+def _search(retriever: Retriever, requests: Requests, beam_size: int, *, personalised: bool) -> tuple[GeneratedSids, float]:
+    """The SIDs of requests and the seconds that a thousand queries take."""
     begin = time.perf_counter()
-    sid_rows, _ = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=beam_size, personalised=personalised)
-    return sid_rows, 1000 * (time.perf_counter() - begin) / len(requests)
+    found = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=beam_size, personalised=personalised)
+    return found, 1000 * (time.perf_counter() - begin) / max(len(requests), 1)
 
 
 def _channels(

@@ -17,6 +17,7 @@ import numpy as np
 from genrecall.data.interactions import Requests
 from genrecall.evaluation import metrics
 from genrecall.evaluation.metrics import ClusterOrder, Targets, cluster_order
+from genrecall.generator.retriever import GeneratedSids, Retriever
 from genrecall.sid.index import SidIndex
 
 Columns = dict[str, np.ndarray]
@@ -55,13 +56,22 @@ class Tiers:
 
 
 def sid_columns(
-    sid_rows: np.ndarray, index: SidIndex, tiers: Tiers, *, beams: Sequence[int], budgets: Sequence[int], cut_items: int, cut_beams: Sequence[int]
+    sid_rows: np.ndarray,
+    index: SidIndex,
+    tiers: Tiers,
+    ranked: np.ndarray | None = None,
+    *,
+    beams: Sequence[int],
+    budgets: Sequence[int],
+    cut_items: int,
+    cut_beams: Sequence[int],
 ) -> Columns:
     """Columns of a generator's SID lists.
 
     Args:
         sid_rows: int32 [R, B], best first, -1 padded; the top N of it stand for beam N.
         index: of the same SID space.
+        ranked: int32 [R, >= M], the items as they are served; None where the SIDs' order and the order inside a cluster say it, ties shared.
         beams: N of the metrics, each at most B.
         budgets: M of hit@items.
         cut_items: the cut of cut-to-M; cut_beams: its beams.
@@ -80,7 +90,11 @@ def sid_columns(
         columns[f"sid_clk@{n}"] = metrics.sid_hit_rate(sid_rows, item_sid, tiers.clicked, n)
         columns[f"items@{n}"] = index.sizes(sid_rows[:, :n]).sum(axis=1).astype(np.float64)
     for name, random_order in (("hit@items", False), ("hit@items_random", True)):
-        shares = metrics.hit_items(sid_rows, item_sid, order, tiers.clicked, budgets, random_order=random_order)
+        if ranked is not None and not random_order:
+            positions = metrics.ranking_positions(ranked, tiers.clicked)
+            shares = [metrics.recall_at(positions, tiers.clicked, budget) for budget in budgets]
+        else:
+            shares = metrics.hit_items(sid_rows, item_sid, order, tiers.clicked, budgets, random_order=random_order)
         columns |= {f"{name}{budget}": one for budget, one in zip(budgets, shares, strict=True)}
     cuts = metrics.cut_hit_rate(sid_rows, item_sid, np.asarray(index.offsets), np.asarray(index.item_rows), prior, tiers.clicked, cut_beams, cut_items)
     columns |= {f"cut{cut_items}@beam{beam}": one for beam, one in zip(cut_beams, cuts, strict=True)}
@@ -97,11 +111,11 @@ def invalid_share(sid_rows: np.ndarray, num_sids: int) -> np.ndarray:
     return np.asarray(np.divide(wrong, given, out=np.full(len(sid_rows), np.nan), where=given > 0))
 
 
-def expand_lists(sid_rows: np.ndarray, index: SidIndex, depth: int) -> np.ndarray:
-    """The first `depth` items served for each SID list: int32 [R, depth], -1 padded."""
-    ranked = np.full((len(sid_rows), depth), -1, dtype=np.int32)
-    for row, sids in enumerate(sid_rows):
-        items, _ = index.expand(sids, depth)
+def item_lists(retriever: Retriever, found: GeneratedSids, depth: int) -> np.ndarray:
+    """The first `depth` items served for each of R requests: int32 [R, depth], -1 padded."""
+    ranked = np.full((len(found.sid_rows), depth), -1, dtype=np.int32)
+    for row in range(len(ranked)):
+        items = retriever.expand(*found.of(row), depth).item_rows
         ranked[row, : len(items)] = items
     return ranked
 

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from genrecall.generator.guidance import Guide
 from genrecall.generator.model import Decoder, KeysValues, Prompts, PromptState
 from genrecall.sid.trie import Trie
 
@@ -110,7 +111,8 @@ def beam_search(model: Decoder, prompts: Prompts, trie: Trie, *, beam_size: int,
     _check(model, trie, support)
     if allowed is not None:
         _check_masks(allowed, trie, len(prompts))
-    search = _Search(model, model.prefill(prompts), trie, support, allowed)
+    state = model.prefill(prompts)
+    search = _Search(model, state, trie, support, allowed, _guide(model, state, trie))
 
     token1, score1 = search.first_level(beam_size)
     node, score2, parent2, token2, past = search.second_level(token1, score1, beam_size)
@@ -137,11 +139,14 @@ class _Search:
     trie: Trie
     support: Support
     allowed: PrefixMasks | None
+    guide: Guide | None
 
     def first_level(self, width: int) -> tuple[Tensor, Tensor]:
         """Tokens and scores [B, W] of the best level-1 tokens."""
         valid = self.trie.level1_valid if self.allowed is None else self.trie.level1_valid & self.allowed.level1
         logits = self.model.level_logits(self.state.last_hidden, 0).float()
+        if self.guide is not None:
+            logits = logits + self.guide.level1
         if self.support == "trie":
             normaliser = logits.masked_fill(~self.trie.level1_valid, -math.inf).logsumexp(-1, keepdim=True)
         else:
@@ -178,6 +183,8 @@ class _Search:
         """Positions (in the flattened candidates) and scores [B, W'] of the best children of all beams."""
         logits = self.model.level_logits(hidden, level).float()
         scores = logits.gather(-1, tokens[children.ids].long())
+        if self.guide is not None:
+            scores = scores + _guide_of(self.guide[level], children)
         if self.support == "trie":
             normaliser = scores.masked_fill(~children.valid, -math.inf).logsumexp(-1, keepdim=True)
             normaliser = normaliser.masked_fill(normaliser == -math.inf, 0.0)  # no children: a dead beam
@@ -191,6 +198,22 @@ class _Search:
 
     def _normaliser(self, hidden: Tensor, logits: Tensor) -> Tensor:
         return (self.model.logits(hidden).float() if self.support == "full" else logits).logsumexp(-1, keepdim=True)
+
+
+def _guide(model: Decoder, state: PromptState, trie: Trie | None) -> Guide | None:
+    """What the encoder thinks of every prefix, where the decoder is guided; decoding checks have passed."""
+    if model.guidance is None:
+        return None
+    if state.soft is None:
+        raise DecodingError("prompts: a guided decoder needs the query encoder's vectors; give soft [B, soft_prompt_dim]")
+    assert trie is not None
+    guide: Guide = model.guidance(state.soft, trie)
+    return guide
+
+
+def _guide_of(level: Tensor, children: _Children) -> Tensor:
+    """The guide's entries [B, W, C] of children, given one level of it [B, nodes]."""
+    return level.gather(1, children.ids.flatten(1)).view(children.ids.shape)
 
 
 class _Children(NamedTuple):
@@ -276,7 +299,7 @@ def sample_group(
     uniforms = uniforms.to(model.device)
 
     state = model.prefill(prompts)
-    levels = _Levels(model, support, trie, temperature)
+    levels = _Levels(model, support, trie, temperature, _guide(model, state, trie))
     token1, log1 = _draw(levels.first(state.last_hidden), uniforms[..., 0])
     hidden, past = model.extend(model.embed_level_tokens(token1, 0)[:, :, None], state)
     token2, log2 = _draw(levels.second(hidden[:, :, 0], token1), uniforms[..., 1])
@@ -359,7 +382,7 @@ def group_log_probs(
     state = model.prefill(prompts)
     embedded = torch.stack((model.embed_level_tokens(inputs[..., 0], 0), model.embed_level_tokens(inputs[..., 1], 1)), dim=2)
     hidden, _ = model.extend(embedded, state)
-    levels = _Levels(model, support, trie, temperature)
+    levels = _Levels(model, support, trie, temperature, _guide(model, state, trie))
     distributions = (
         levels.first(state.last_hidden),
         levels.second(hidden[:, :, 0], inputs[..., 0]),
@@ -385,26 +408,39 @@ class _Levels:
     support: Support
     trie: Trie | None
     temperature: float
+    guide: Guide | None
 
     def first(self, last_hidden: Tensor) -> Tensor:
         """[B, 1, A1]."""
-        return self._log_probs(last_hidden[:, None], 0, lambda trie: trie.level1_valid)
+        logits = self.model.level_logits(last_hidden[:, None], 0).float()
+        if self.guide is not None:
+            logits = logits + self.guide.level1[:, None]
+        return self._log_probs(last_hidden[:, None], logits, lambda trie: trie.level1_valid)
 
     def second(self, hidden: Tensor, token1: Tensor) -> Tensor:
         """[B, G, A2] of hidden states [B, G, d] after level-1 tokens [B, G]."""
-        return self._log_probs(hidden, 1, lambda trie: _child_mask(_children(trie.offsets2, token1, trie.max_children2), trie.tokens2, trie.alphabet_sizes[1]))
+        return self._below(hidden, 1, lambda trie: (_children(trie.offsets2, token1, trie.max_children2), trie.tokens2))
 
     def third(self, hidden: Tensor, token1: Tensor, token2: Tensor) -> Tensor:
         """[B, G, A3] of hidden states [B, G, d] after level-1 and level-2 tokens [B, G]."""
+        return self._below(hidden, 2, lambda trie: (_children(trie.offsets3, trie.find_node(token1, token2).clamp(min=0), trie.max_children3), trie.tokens3))
+
+    def _below(self, hidden: Tensor, level: int, children_of: Callable[[Trie], tuple[_Children, Tensor]]) -> Tensor:
+        logits = self.model.level_logits(hidden, level).float()
+        if self.guide is not None:
+            assert self.trie is not None
+            children, tokens = children_of(self.trie)
+            near = torch.where(children.valid, _guide_of(self.guide[level], children), 0.0)
+            logits = logits.scatter_add(-1, tokens[children.ids].long(), near)
 
         def mask(trie: Trie) -> Tensor:
-            node = trie.find_node(token1, token2).clamp(min=0)
-            return _child_mask(_children(trie.offsets3, node, trie.max_children3), trie.tokens3, trie.alphabet_sizes[2])
+            children, tokens = children_of(trie)
+            return _child_mask(children, tokens, logits.shape[-1])
 
-        return self._log_probs(hidden, 2, mask)
+        return self._log_probs(hidden, logits, mask)
 
-    def _log_probs(self, hidden: Tensor, level: int, mask: Callable[[Trie], Tensor]) -> Tensor:
-        logits = self.model.level_logits(hidden, level).float() / self.temperature
+    def _log_probs(self, hidden: Tensor, logits: Tensor, mask: Callable[[Trie], Tensor]) -> Tensor:
+        logits = logits / self.temperature
         if self.support == "full":
             return logits - (self.model.logits(hidden).float() / self.temperature).logsumexp(-1, keepdim=True)
         if self.support == "trie":
@@ -431,6 +467,8 @@ def _any_in_segment(values: Tensor, offsets: Tensor) -> Tensor:
 def _check(model: Decoder, trie: Trie | None, support: str) -> None:
     if support not in SUPPORTS:
         raise DecodingError(f"support: expected one of {', '.join(map(repr, SUPPORTS))}, got {support!r}")
+    if model.guidance is not None:
+        _check_guided(model, trie, support)
     if trie is None:
         if support == "trie":
             raise DecodingError("support 'trie' needs a trie")
@@ -441,6 +479,18 @@ def _check(model: Decoder, trie: Trie | None, support: str) -> None:
         )
     if trie.device != model.device:
         raise DecodingError(f"trie: lies on {trie.device}, the decoder on {model.device}; move it with trie.to(...)")
+
+
+def _check_guided(model: Decoder, trie: Trie | None, support: str) -> None:
+    if support != "trie":
+        raise DecodingError(f"support: a guided decoder scores the children of a prefix only; expected 'trie', got {support!r}")
+    if trie is None or trie.item_vectors is None:
+        raise DecodingError("trie: a guided decoder needs the trie with its items' vectors; rerun jobs/build_sid_index.py")
+    if trie.item_vectors.shape[1] != model.config.soft_prompt_dim:
+        raise DecodingError(
+            f"trie: its vectors have {trie.item_vectors.shape[1]} dimensions, the decoder's query vectors {model.config.soft_prompt_dim}; "
+            "rerun jobs/build_sid_index.py and jobs/train_generator.py with one encoder"
+        )
 
 
 def _check_masks(allowed: PrefixMasks, trie: Trie, batch: int) -> None:

@@ -50,7 +50,7 @@ def save_decoder(model: Decoder, folder: Path) -> None:
         for part in ("weight", "bias"):
             weights |= {f"{theirs}{name}.{part}": rows for name, rows in zip(_QKV, state[f"{ours}qkv_{part}"].split(sizes), strict=True)}
         weights |= {theirs + name: rows for name, rows in zip(_GATE_UP, state[f"{ours}gate_up_weight"].chunk(2), strict=True)}
-    extra = {name: tensor for name, tensor in state.items() if name.startswith("soft_prompt.") or name.endswith("group_terms")}
+    extra = {name: tensor for name, tensor in state.items() if name.startswith(("soft_prompt.", "guidance.")) or name.endswith("group_terms")}
     _write(weights, folder / "model.safetensors")
     _write(extra, folder / "genrecall.safetensors")
     (folder / "config.json").write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
@@ -224,6 +224,8 @@ def _our_state(folder: Path, config: DecoderConfig, weights: dict[str, Tensor]) 
             state[f"tokens.{prefix}group_terms"] = take(f"tokens.{prefix}group_terms")
     if config.soft_prompt_dim:
         state |= {name: take(name) for name in ("soft_prompt.weight", "soft_prompt.bias")}
+    if config.guide_sharpness:
+        state["guidance.level_weights"] = take("guidance.level_weights")
     for index in range(config.num_layers):
         ours, theirs = f"layers.{index}.", f"model.layers.{index}."
         state |= {ours + own: take(theirs + name) for own, name in _LAYER_NAMES.items()}

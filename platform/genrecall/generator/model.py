@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genrecall.config import ConfigError
+from genrecall.generator.guidance import Guidance
 from genrecall.generator.token_table import TokenTable
 
 
@@ -46,6 +47,7 @@ class DecoderConfig:
         head_dim: size of a head; hidden_size / num_heads if None.
         soft_prompt_dim: size of the query encoder's vector; 0 for none.
         soft_prompt_tokens: tokens that vector becomes.
+        guide_sharpness: t of the dense guidance, see `guidance.py`, which needs that vector; 0 for none.
         max_positions: longest sequence, soft tokens and answer included.
     """
 
@@ -63,6 +65,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = True
     soft_prompt_dim: int = 0
     soft_prompt_tokens: int = 1
+    guide_sharpness: float = 0.0
     max_positions: int = 512
 
     def problems(self) -> list[str]:
@@ -91,6 +94,10 @@ class DecoderConfig:
             found.append(f"head_dim: must be even for rotary positions, got {self.head_size}")
         if self.soft_prompt_dim < 0:
             found.append(f"soft_prompt_dim: must be 0 (none) or more, got {self.soft_prompt_dim}")
+        if self.guide_sharpness < 0:
+            found.append(f"guide_sharpness: must be 0 (no guidance) or more, got {self.guide_sharpness}")
+        if self.guide_sharpness and not self.soft_prompt_dim:
+            found.append("guide_sharpness: guidance needs the query encoder's vector; set soft_prompt_dim, or guide_sharpness=0")
         if min(self.level_sizes) < 0 or (min(self.level_sizes) == 0 and max(self.level_sizes) > 0):
             found.append(f"level_sizes: must be three sizes of at least 1, or all 0 for a text model, got {self.level_sizes}")
         codes3 = self.level_sizes[2]
@@ -187,12 +194,14 @@ class PromptState(NamedTuple):
     layers: per layer, keys and values [B, K, L, e]; entries past a row's length are padding.
     lengths: int64 [B], soft tokens included. padding: float [B, 1, 1, L], 0 at tokens and -inf at padding.
     last_hidden: [B, d], the normed hidden state of each prompt's last token: it predicts level 1.
+    soft: [B, soft_prompt_dim], the query encoder's vectors; None for prompts without.
     """
 
     layers: list[KeysValues]
     lengths: Tensor
     padding: Tensor
     last_hidden: Tensor
+    soft: Tensor | None
 
 
 class Rotation(NamedTuple):
@@ -355,6 +364,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.soft_prompt = nn.Linear(config.soft_prompt_dim, config.soft_prompt_tokens * config.hidden_size) if config.soft_prompt_dim else None
+        self.guidance = Guidance(config.guide_sharpness) if config.guide_sharpness else None
         e = config.head_size
         frequencies = config.rope_theta ** -(torch.arange(0, e, 2, dtype=torch.int64).float() / e)
         angles = (torch.arange(config.max_positions).float()[:, None] * frequencies)[:, None]
@@ -374,6 +384,8 @@ class Decoder(nn.Module):
                 parameter.fill_(1.0 if name.endswith(("norm", "norm.weight")) else 0.0)
             else:
                 parameter.normal_(0, std * (into_residual if name.endswith(("output_weight", "down_weight")) else 1.0), generator=generator)
+        if self.guidance is not None:
+            self.guidance.level_weights.fill_(1.0)
 
     @property
     def device(self) -> torch.device:
@@ -451,7 +463,7 @@ class Decoder(nn.Module):
             caches.append(cache)
         outside = torch.arange(width, device=hidden.device) >= lengths[:, None]
         padding = torch.zeros_like(outside, dtype=hidden.dtype).masked_fill(outside, -math.inf)[:, None, None]
-        return PromptState(caches, lengths, padding, self.norm(hidden).squeeze(1))
+        return PromptState(caches, lengths, padding, self.norm(hidden).squeeze(1), prompts.soft)
 
     def extend(self, embedded: Tensor, state: PromptState, past: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
         """Read T more tokens of G suffixes per prompt; a suffix sees its prompt and itself, not the others.
@@ -487,6 +499,7 @@ class Decoder(nn.Module):
         *,
         soft_prompt_dim: int = 0,
         soft_prompt_tokens: int = 1,
+        guide_sharpness: float = 0.0,
         seed: int = 0,
     ) -> Decoder:
         """A decoder with this one's weights and new rows for the SIDs' codes, drawn with the text rows' mean and spread.
@@ -498,6 +511,7 @@ class Decoder(nn.Module):
         if any(from_config.level_sizes):
             raise ConfigError([f"extend_for_sids: the decoder has SID levels {from_config.level_sizes} already; extend the text model it came from"])
         changes = {"level_sizes": level_sizes, "groups": groups, "soft_prompt_dim": soft_prompt_dim, "soft_prompt_tokens": soft_prompt_tokens}
+        changes["guide_sharpness"] = guide_sharpness
         extended = Decoder(DecoderConfig(**{**from_config.__dict__, **changes}), seed=seed)
         extended.to(self.device, self.cos.dtype)
         extended.load_state_dict(self.state_dict(), strict=False)

@@ -1,6 +1,8 @@
 """Requests to items: prompts, constrained beam search, expansion of the SIDs through the index. The same code evaluates and serves.
 
-An item's score is the log-probability of its SID; inside a SID the index's order holds. Nothing here trains.
+An item's score is the log-probability of its SID; inside a SID the index's order holds. With guidance (`guidance.py`) it is the item's own
+log-probability: that of the SID plus that of the item among the SID's, by the encoder, so that a large cluster's best item may
+come before a small one's. Nothing here trains.
 Shapes: R requests, S SIDs, m items of one answer.
 """
 
@@ -9,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from genrecall.device import default_device
 from genrecall.encoders.text_encoder import TextEncoder, load_encoder
@@ -36,12 +41,28 @@ class RecallResult:
     Attributes:
         item_rows: int32 [m].
         sid_rows: int32 [m], the SID that each item came from.
-        scores: float32 [m], the SID's natural-log probability: never increasing, equal within a SID.
+        scores: float32 [m], natural-log probabilities, never increasing: of the item, or without guidance of its SID.
     """
 
     item_rows: np.ndarray
     sid_rows: np.ndarray
     scores: np.ndarray
+
+
+class GeneratedSids(NamedTuple):
+    """The best SIDs of R requests.
+
+    sid_rows: int32 [R, W], best first, -1 where there are fewer valid SIDs. scores: float32 [R, W], natural-log probabilities, -inf there.
+    vectors: float32 [R, d], the query vectors, for `Retriever.expand`; None without an encoder in the prompts.
+    """
+
+    sid_rows: np.ndarray
+    scores: np.ndarray
+    vectors: np.ndarray | None
+
+    def of(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """What one request got: SID rows [W], scores [W], query vector [d]."""
+        return self.sid_rows[row], self.scores[row], None if self.vectors is None else self.vectors[row]
 
 
 class Retriever:
@@ -116,7 +137,7 @@ class Retriever:
         *,
         beam_size: int,
         personalised: bool | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> GeneratedSids:
         """The best SIDs of R requests.
 
         Args:
@@ -125,10 +146,6 @@ class Retriever:
             histories: R arrays int32 of item rows, oldest first; rows outside the catalogue (-1) are skipped.
             beam_size: SIDs a request, at least 1.
             personalised: False leaves the shopper out of the prompt; None: as the retriever was made.
-
-        Returns:
-            SID rows int32 [R, beam_size], best first, -1 where there are fewer valid SIDs; log-probabilities float32
-            [R, beam_size], -inf there.
 
         Raises:
             RetrieverError: `beam_size` below 1 or arguments of unequal length.
@@ -141,6 +158,7 @@ class Retriever:
         sid_rows = np.full((count, beam_size), -1, dtype=np.int32)
         scores = np.full((count, beam_size), -np.inf, dtype=np.float32)
         device = self.trie.device
+        soft: list[Tensor] = []
         for start in range(0, count, MAX_BATCH):
             part = slice(start, min(start + MAX_BATCH, count))
             prompts = self.prompts(queries[part], genders[part], age_bands[part], histories[part], personalised=personalised)
@@ -148,7 +166,8 @@ class Retriever:
             width = found.sid_rows.shape[1]
             sid_rows[part, :width] = found.sid_rows.cpu().numpy()
             scores[part, :width] = found.scores.float().cpu().numpy()
-        return sid_rows, scores
+            soft += [] if prompts.soft is None else [prompts.soft]
+        return GeneratedSids(sid_rows, scores, torch.cat(soft).float().numpy() if soft else None)
 
     def recall(
         self,
@@ -162,13 +181,32 @@ class Retriever:
         personalised: bool | None = None,
     ) -> list[RecallResult]:
         """At most `limit` items for each request, from its best `beam_size` SIDs; arguments and errors as for `generate`."""
-        sid_rows, scores = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised)
-        return [self.expand(row, score, limit) for row, score in zip(sid_rows, scores, strict=True)]
+        generated = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised)
+        return [self.expand(*generated.of(row), limit) for row in range(len(queries))]
 
-    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, limit: int) -> RecallResult:
-        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]."""
-        item_rows, rank = self.index.expand(sid_rows, limit)
-        return RecallResult(item_rows, sid_rows[rank], scores[rank])
+    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, vector: np.ndarray | None, limit: int) -> RecallResult:
+        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]; `vector` float32 [d] is the query's."""
+        if self.model.guidance is None or vector is None:
+            item_rows, rank = self.index.expand(sid_rows, limit)
+            return RecallResult(item_rows, sid_rows[rank], scores[rank])
+        item_rows, rank = self.index.expand(sid_rows, np.iinfo(np.int32).max)
+        item_scores = scores[rank] + self._log_share(sid_rows, rank, vector)
+        best = np.argsort(-item_scores, kind="stable")[:limit]
+        return RecallResult(item_rows[best], sid_rows[rank[best]], item_scores[best].astype(np.float32))
+
+    def _log_share(self, sid_rows: np.ndarray, rank: np.ndarray, vector: np.ndarray) -> np.ndarray:
+        """log p(item | its SID, query) float32 [m], of all items of SIDs [n] in order; `rank` [m] is each item's SID among them."""
+        guidance, vectors = self.model.guidance, self.trie.item_vectors
+        assert guidance is not None
+        assert vectors is not None
+        first = np.searchsorted(rank, np.arange(len(sid_rows)))  # place of each SID's first item in `rank`
+        positions = self.index.offsets[np.maximum(sid_rows, 0)][rank] + (np.arange(len(rank)) - first[rank])
+        cosines = vectors[torch.from_numpy(positions).to(vectors.device)].float().cpu().numpy() @ vector
+        logits = guidance.sharpness * guidance.level_weights[-1].item() * cosines
+        best = np.full(len(sid_rows), -np.inf, dtype=np.float32)
+        np.maximum.at(best, rank, logits)
+        total = np.bincount(rank, weights=np.exp(logits - best[rank]), minlength=len(sid_rows))
+        return np.asarray(logits - best[rank] - np.log(total[rank]), dtype=np.float32)
 
     def _known(self, history: np.ndarray) -> np.ndarray:
         rows = np.asarray(history, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Supervised training of the generator: item -> SID, query -> SID, shopper + query -> SID, in one worker group.
 
 Source: CQ-SID (arXiv:2605.14434), stages 1 to 3 of the generator. Deviations: the softmax is over one level's codes, not the
-vocabulary; stage 1 also sees cheap texts of an item (corrupted titles, a few title words, brand and type) and stage 2 goes on
+vocabulary, and with guidance over the children of a prefix, see `guidance.py`; stage 1 also sees cheap texts of an item (corrupted titles, a few title words, brand and type) and stage 2 goes on
 seeing them, because real query logs cover few items; the frozen encoder's query vector stands in front as a soft prompt; a
 query's or request's several SIDs are scored in one pass that shares the prompt. The loss of an example is the mean over its
 sampled SIDs of -log p(SID | prompt); SIDs are sampled in proportion to graded feedback (a purchase weighs twice a click).
@@ -11,6 +11,7 @@ Shapes: B batch rows, T targets, N items, S SIDs, R requests, U distinct texts, 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import shutil
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -29,6 +30,7 @@ from torch import Tensor
 from genrecall.config import from_dict, to_dict
 from genrecall.data.catalog import Catalog, load_catalog
 from genrecall.data.interactions import Requests, known_at_split, load_requests
+from genrecall.device import default_device
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import Batches
@@ -37,14 +39,13 @@ from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
 from genrecall.sid.index import load_sid_table, load_trie
 from genrecall.sid.semantic_id import SidTable
+from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage, open_artifact
 from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, fit
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 1
-SUPPORT: Final = "level"
-"""Over what a level's probabilities are normalised, at training, in search and in the bundle."""
+ALGORITHM_VERSION = 2
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -68,11 +69,15 @@ class GeneratorConfig:
     Args:
         base_model: a Hugging Face Qwen2 folder to start from; its sizes and tokenizer replace `vocab_size` and the decoder's sizes.
         soft_prompt: put the encoder's query vector in front of every prompt.
+        guided: let the encoder's own opinion of every prefix count too, see `guidance.py`. Without both the generator is the paper's.
+        guide_sharpness: by how much a cosine counts there; an encoder trained at temperature T says 1 / T.
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
         stage2_item_fraction: share of stage-2 examples that are stage 1's.
         stage3_query_fraction: share of stage-3 examples that are stage 2's.
         corrupted_query_fraction: share of query examples (stage 2) and of copied requests (stage 3) with words dropped or misspelt.
+        query_vector_drop: in training a query's vector is that of a copy of it, with each word missing (and misspelt) at this rate, while its tokens
+            stay whole; 0: its own vector, which the encoder knows by heart.
         query_frequency_power: a query is drawn in proportion to its clicked requests to this power.
         validation_requests: at most so many validation requests are decoded after each stage.
     """
@@ -87,6 +92,8 @@ class GeneratorConfig:
     intermediate_size: int = 384
     soft_prompt: bool = True
     soft_prompt_tokens: int = 1
+    guided: bool = True
+    guide_sharpness: float = 20.0
     max_query_tokens: int = 24
     max_title_tokens: int = 32
     max_history: int = 8
@@ -96,6 +103,7 @@ class GeneratorConfig:
     stage2_item_fraction: float = 0.3
     stage3_query_fraction: float = 0.4
     corrupted_query_fraction: float = 0.3
+    query_vector_drop: float = 0.35
     query_frequency_power: float = 0.75
     weight_decay: float = 0.05
     gradient_clipping: float = 1.0
@@ -103,6 +111,11 @@ class GeneratorConfig:
     stage2: StageConfig = StageConfig(steps=600, batch_size=64, learning_rate=2e-3)
     stage3: StageConfig = StageConfig(steps=200, batch_size=64, learning_rate=5e-4, warmup_steps=20)
     validation_requests: int = 400
+
+    @property
+    def support(self) -> Literal["level", "trie"]:
+        """Over what a level's probabilities are normalised, at training, in search and in the bundle."""
+        return "trie" if self.guided else "level"
 
     @property
     def stages(self) -> tuple[StageConfig, StageConfig, StageConfig]:
@@ -119,9 +132,15 @@ class GeneratorConfig:
             for name in ("max_history", "validation_requests", "query_frequency_power")
             if getattr(self, name) < 0
         ]
-        for name in ("short_text_share", "stage2_item_fraction", "stage3_query_fraction", "corrupted_query_fraction"):
+        for name in ("short_text_share", "stage2_item_fraction", "stage3_query_fraction", "corrupted_query_fraction", "query_vector_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
+        if self.guided and not self.soft_prompt:
+            found.append("guided: needs the query vectors that soft_prompt=true brings; set guided=false too")
+        if self.guide_sharpness <= 0:
+            found.append(f"guide_sharpness: must be positive, got {self.guide_sharpness}; guided=false switches guidance off")
+        elif not self.guided and self.guide_sharpness != GeneratorConfig.__dataclass_fields__["guide_sharpness"].default:
+            found.append("guide_sharpness: has no effect with guided=false; leave it out")
         if self.stage2_item_fraction == 1:
             found.append("stage2_item_fraction: must be below 1, else stage 2 sees no query")
         if self.stage3_query_fraction == 1:
@@ -151,6 +170,7 @@ class GeneratorConfig:
             intermediate_size=self.intermediate_size,
             soft_prompt_dim=soft_prompt_dim if self.soft_prompt else 0,
             soft_prompt_tokens=self.soft_prompt_tokens,
+            guide_sharpness=self.guide_sharpness if self.guided and soft_prompt_dim else 0.0,
             max_positions=self.soft_prompt_tokens + 3 + max(9 + 3 * self.max_history + self.max_query_tokens, 2 + self.max_title_tokens),
         )
 
@@ -184,21 +204,25 @@ def build_decoder(config: GeneratorConfig, tokenizer: QueryTokenizer, table: Sid
         table.space.groups,
         soft_prompt_dim=soft_prompt_dim if config.soft_prompt else 0,
         soft_prompt_tokens=config.soft_prompt_tokens,
+        guide_sharpness=config.guide_sharpness if config.guided else 0.0,
         seed=config.seed,
     )
 
 
-def sft_loss(model: Decoder, token_ids: Tensor, lengths: Tensor, soft: Tensor | None, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def sft_loss(
+    model: Decoder, token_ids: Tensor, lengths: Tensor, soft: Tensor | None, targets: Tensor, *, support: Literal["level", "trie"], trie: Trie
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean over examples and their targets of -log p(SID | prompt), natural log.
 
     Args:
         token_ids: int64 [B, L], lengths: int64 [B], soft: float32 [B, d] or None: see `Prompts`.
         targets: int64 [B, T, 3], SID tokens.
+        support, trie: see `decoding.py`.
 
     Returns:
         The loss, a scalar, and its three parts by level.
     """
-    log_probs = group_log_probs(model, Prompts(token_ids, lengths, soft), targets, support=SUPPORT)
+    log_probs = group_log_probs(model, Prompts(token_ids, lengths, soft), targets, support=support, trie=trie)
     by_level = -log_probs.mean(dim=(0, 1))
     return by_level.sum(), {f"loss_level{level + 1}": by_level[level] for level in range(3)}
 
@@ -230,16 +254,16 @@ def _loop(loop_config: dict[str, Any]) -> None:
     data = build_training_data(config, catalog, load_requests(dataset, "train", catalog), table, builder, encoder)
     vectors = data.vectors if config.soft_prompt else None
     runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]
+    trie = load_trie(sid_index.path, default_device())
     worker = TrainWorker(
         model,
-        sft_loss,
+        functools.partial(sft_loss, support=config.support, trie=trie),
         learning_rate=learning_rate_schedule([stage for _, stage, _ in runs]),
         weight_decay=config.weight_decay,
         gradient_clipping=config.gradient_clipping,
         total_steps=sum(stage.steps for _, stage, _ in runs),
         loop_config=loop_config,
     )
-    trie = load_trie(sid_index.path, worker.device)
     validation = (
         Validation.build(builder, load_requests(dataset, "validation", catalog), config.validation_requests, table, encoder) if worker.rank == 0 else None
     )
@@ -267,7 +291,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
                 if worker.checkpoint_due(at) and at + 1 < end:
                     worker.save({"step": at + 1, "stages": record})
             step = end
-            measured = {} if validation is None else validation.measure(model, builder, trie, personalised=name == "stage3", support=SUPPORT)
+            measured = {} if validation is None else validation.measure(model, builder, trie, personalised=name == "stage3", support=config.support)
             record.append(
                 {"stage": name, "steps": stage.steps, "examples": len(examples), "seconds": round(time.monotonic() - started, 1), "validation": measured}
             )
@@ -283,7 +307,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
             _download_stage(f"{loop_config['stages_uri']}/{name}", folder / name)
         model.save_pretrained(folder / runs[-1][0])
         builder.save(folder)
-        (folder / "training.json").write_text(json.dumps({"support": SUPPORT, "stages": record}, indent=2))
+        (folder / "training.json").write_text(json.dumps({"support": config.support, "stages": record}, indent=2))
 
     final = record[-1]["validation"] if record else {}
     worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()})

@@ -120,7 +120,8 @@ def build_training_data(
         return TrainingData((items, stage2, None), texts.encoded(encoder), table.tokens.astype(np.int64))
     clicked = np.unique(pair_request)
     copies = _request_copies(config, requests.take(clicked))
-    copy_rows = [texts.rows(copy.queries) for copy in copies]
+    random = np.random.default_rng((config.seed, 14))
+    copy_rows = [texts.rows([_half_seen(config, query, random) for query in copy.queries]) for copy in copies]
     vectors = texts.encoded(encoder)
     offsets, sids, weights = aggregate_targets(np.searchsorted(clicked, pair_request), pair_sid, pair_weight, len(clicked))
     sets = [
@@ -173,14 +174,27 @@ def _query_examples(
     queries = list(spelling)
     offsets, sids, weights = aggregate_targets(query_of_request[pair_request], pair_sid, pair_weight, len(queries))
     draw = np.bincount(query_of_request[clicked], minlength=len(queries)).astype(np.float64) ** config.query_frequency_power
-    plain = ExampleSet(builder.query_bank(queries), texts.rows(queries), offsets, sids, weights, draw)
+    copies = np.tile(np.arange(len(queries)), _QUERY_COPIES)
+    seen = [_half_seen(config, queries[row], random) for row in copies]
+    plain = ExampleSet(builder.query_bank(queries), texts.rows(queries), offsets, sids, weights, draw).take(copies)
+    plain = replace(plain, vector_rows=texts.rows(seen))
     if not config.corrupted_query_fraction:
         return plain
-    copies = np.tile(np.arange(len(queries)), _QUERY_COPIES)
     slips = [corrupt(queries[row], random, drop=0.1, misspelling_rate=0.3) for row in copies]
-    again = plain.take(copies)
-    slipped = ExampleSet(builder.query_bank(slips), texts.rows(slips), again.target_offsets, again.target_sids, again.target_weights, again.weights)
+    vectors = texts.rows([_half_seen(config, slip, random) for slip in slips])
+    slipped = replace(plain, bank=builder.query_bank(slips), vector_rows=vectors)
     return ExampleSet.mixed([(plain, 1 - config.corrupted_query_fraction), (slipped, config.corrupted_query_fraction)])
+
+
+def _half_seen(config: GeneratorConfig, query: str, random: np.random.Generator) -> str:
+    """The text whose vector stands beside a training query: the query with words missing and misspelt.
+
+    The encoder was trained on these very queries, so that their own vectors would lie far nearer to the clicked items than those of any
+    query to come; a decoder guided by them learns nothing but to trust them.
+    """
+    if not (config.query_vector_drop and config.soft_prompt):
+        return query
+    return corrupt(query, random, drop=config.query_vector_drop, misspelling_rate=config.query_vector_drop)
 
 
 def _request_copies(config: GeneratorConfig, requests: Requests) -> list[Requests]:
@@ -237,7 +251,7 @@ class Validation:
             prompts = builder.prompts(bank, rows, self.vectors[rows] if builder.soft_prompt else None).to(device)
             found = beam_search(model, prompts, trie, beam_size=_BEAM, support=support).sid_rows.cpu().numpy()
             first = trie.tokens_of(torch.from_numpy(self.target_sids[self.target_offsets[rows]]).long().to(device))
-            totals["loss"] -= float(group_log_probs(model, prompts, first[:, None], support=support).sum())
+            totals["loss"] -= float(group_log_probs(model, prompts, first[:, None], support=support, trie=trie).sum())
             for row, sids in zip(rows, found, strict=True):
                 targets = self.target_sids[self.target_offsets[row] : self.target_offsets[row + 1]]
                 for beam in (1, 10, 100):

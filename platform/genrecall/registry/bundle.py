@@ -259,7 +259,7 @@ def _retriever(folder: Path, about: Mapping[str, Any]) -> Retriever:
 def _warm_up(retriever: Retriever, queries: list[str], beam_size: int) -> dict[str, Any]:
     nothing = [None] * len(queries)
     no_history = [np.zeros(0, np.int32)] * len(queries)
-    sid_rows, scores = retriever.generate(queries, nothing, nothing, no_history, beam_size=beam_size)
+    sid_rows, scores, _ = retriever.generate(queries, nothing, nothing, no_history, beam_size=beam_size)
     return {
         "beam_size": beam_size,
         "requests": [

@@ -30,7 +30,8 @@ class AlignConfig:
         requests_per_step, group_size: B and G.
         num_experts: K places of a group for logged SIDs; 0 is plain GRPO.
         expert_draw: weights of a purchased, clicked and exposed SID in the draw of experts (and of the anchor).
-        support: "level" samples without the trie, an answer that is no SID earns `reward.invalid`; "trie" samples SIDs only.
+        support: "trie" samples SIDs only, and is what a guided generator needs; "level" samples without the trie, an answer that is no SID
+            earns `reward.invalid`.
         updates_per_rollout: optimizer steps on each step's groups.
         max_staleness: steps by which rollouts may lag behind the weights they update; 0 is synchronous.
         rollout_actors, cpus_per_rollout, gpus_per_rollout, cpus_for_reward: the actors and what each reserves.
@@ -45,7 +46,7 @@ class AlignConfig:
     group_size: int = 8
     num_experts: int = 2
     expert_draw: tuple[float, float, float] = (4.0, 2.0, 0.1)
-    support: Literal["level", "trie"] = "level"
+    support: Literal["level", "trie"] = "trie"
     learning_rate: float = 5e-5
     warmup_steps: int = 5
     weight_decay: float = 0.0

@@ -50,7 +50,7 @@ class RecalledItem(Message):
     category_path: list[str]
     rank: int = Field(description="0-based")
     sid: str = Field(description="the semantic cluster ID it came from, e.g. <12,5,7>")
-    score: float = Field(description="natural-log probability of that SID")
+    score: float = Field(description="natural-log probability of the item; of its SID where the generator is not guided")
 
 
 class RecalledSid(Message):

@@ -68,7 +68,7 @@ def _answer_equal(served: ServedBundle, requests: list[RecallRequest], beam_size
     bundle = served.bundle
     retriever = bundle.retriever
     started = time.perf_counter()
-    sid_rows, scores = retriever.generate(
+    found = retriever.generate(
         [request.query for request in requests],
         [request.shopper.gender for request in requests],
         [request.shopper.age_band for request in requests],
@@ -76,11 +76,11 @@ def _answer_equal(served: ServedBundle, requests: list[RecallRequest], beam_size
         beam_size=beam_size,
     )
     generated = time.perf_counter()
-    results = [retriever.expand(rows, row_scores, request.limit) for rows, row_scores, request in zip(sid_rows, scores, requests, strict=True)]
+    results = [retriever.expand(*found.of(row), request.limit) for row, request in enumerate(requests)]
     expanded = time.perf_counter()
     timings = Timings(generate_ms=(generated - started) * 1e3, expand_ms=(expanded - generated) * 1e3, batch_size=len(requests))
     answers = []
-    for rows, row_scores, result in zip(sid_rows, scores, results, strict=True):
+    for rows, row_scores, result in zip(found.sid_rows, found.scores, results, strict=True):
         rows = rows[rows >= 0]
         text_of = dict(zip(rows.tolist(), retriever.table.space.texts_of(retriever.table.tokens[rows]), strict=True))
         shown = zip(bundle.shown(result.item_rows), result.sid_rows.tolist(), result.scores.tolist(), strict=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import known_at_split, load_requests, popularity
+from genrecall.encoders.embed import load_item_embeddings
 from genrecall.quantization.diagnostics import churn, cluster_numbers, cluster_sizes, draw_cluster_sizes
 from genrecall.quantization.residual_quantizer import FrozenQuantizer, load_quantizer
 from genrecall.sid.assign import SidAssigner, oversize_sids
@@ -32,7 +33,7 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,12 @@ def _means(rows: NDArray[np.floating], numbers: NDArray[np.int32], size: int) ->
     return np.asarray(np.add.reduceat(rows[order].astype(np.float32), starts, axis=0) / counts[:, None], dtype=np.float32)
 
 
-def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, quantizer: Artifact, uri: str, force: bool = False) -> Artifact:
+def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, encoder: Artifact, quantizer: Artifact, uri: str, force: bool = False) -> Artifact:
     """Publish the SIDs of a catalogue.
 
     Args:
         config: how.
-        dataset, quantizer: artifacts of these kinds, the second made from the first.
+        dataset, encoder, quantizer: artifacts of these kinds, each made from those before it.
         uri: where the artifact goes.
         force: build even where `uri` already holds the result.
 
@@ -113,9 +114,9 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, quantizer: Art
         and a picture of the cluster sizes.
 
     Raises:
-        ValueError: a quantiser made from another catalogue.
+        ValueError: a quantiser or an encoder made from another catalogue.
     """
-    parents = {"dataset": dataset, "quantizer": quantizer}
+    parents = {"dataset": dataset, "encoder": encoder, "quantizer": quantizer}
     stage = Stage(kind="sid_index", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parents, seed=config.seed, job="build_sid_index")
     if (done := stage.current(force=force)) is not None:
         return done
@@ -125,6 +126,9 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, quantizer: Art
     residuals = np.load(quantizer.file("residuals.npy"), mmap_mode="r", allow_pickle=False)
     if len(codes) != len(catalog):
         raise ValueError(f"{quantizer.uri}: has codes for {len(codes)} items, the catalogue of {dataset.uri} {len(catalog)}; rerun jobs/train_quantizer.py")
+    vectors = load_item_embeddings(encoder.path)
+    if len(vectors) != len(catalog):
+        raise ValueError(f"{encoder.uri}: has vectors of {len(vectors)} items, the catalogue of {dataset.uri} {len(catalog)}; rerun jobs/train_encoder.py")
     known = known_at_split(catalog, requests)
     published = publish_sids(config, load_quantizer(quantizer.path), codes, residuals, known)
     table = published.table
@@ -136,7 +140,7 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, quantizer: Art
     with stage.write() as draft:
         (draft.path / "sid_space.json").write_text(table.space.to_json())
         pq.write_table(table_of_sids(table, catalog.item_ids), draft.path / "sid_table.parquet")
-        published.trie.save(draft.path / "trie")
+        published.trie.with_items(vectors[index.item_rows], index.offsets).save(draft.path / "trie")
         index.save(draft.path / "index")
         np.save(draft.path / "centers.npy", published.centers, allow_pickle=False)
         (draft.path / "stats.json").write_text(json.dumps(stats, indent=1))

@@ -8,6 +8,7 @@ Shapes: A1..A3 alphabet sizes, N2 distinct (token1, token2) prefixes ("level-2 n
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _FILES = ("offsets2", "tokens2", "offsets3", "tokens3")
+_ITEM_FILES = ("item_vectors", "item_offsets")
 
 
 class TrieError(ValueError):
@@ -34,6 +36,8 @@ class Trie:
         offsets2: int32 [A1 + 1]. tokens2: int32 [N2]. offsets3: int32 [N2 + 1]. tokens3: int32 [S].
         level1_valid: bool [A1], the level-1 tokens with any SID.
         max_children2, max_children3: the most children of any level-1 token and of any level-2 node.
+        item_vectors: float16 [N, d], the encoder's vectors of the items, SID after SID in the index's order; None for a trie without items.
+        item_offsets: int64 [S + 1]; the items of SID row s are `item_vectors[item_offsets[s]:item_offsets[s + 1]]`; None likewise.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Trie:
         tokens3: Tensor,
         *,
         max_children: tuple[int, int] | None = None,
+        items: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.alphabet_sizes = alphabet_sizes
         self.offsets2, self.tokens2, self.offsets3, self.tokens3 = offsets2, tokens2, offsets3, tokens3
@@ -52,6 +57,33 @@ class Trie:
         if max_children is None:
             max_children = _longest(offsets2), _longest(offsets3)
         self.max_children2, self.max_children3 = max_children
+        self.item_vectors: Tensor | None = None if items is None else items[0]
+        self.item_offsets: Tensor | None = None if items is None else items[1]
+
+    @cached_property
+    def guide_vectors(self) -> Tensor:
+        """float32 [N, d], `item_vectors` as they are multiplied with queries."""
+        assert self.item_vectors is not None
+        with torch.inference_mode(False):  # kept, and used in training later, whoever asks first
+            vectors: Tensor = self.item_vectors.float()
+        return vectors
+
+    @cached_property
+    def sid_of_item(self) -> Tensor:
+        """int64 [N], the SID row of each of `item_vectors`."""
+        assert self.item_vectors is not None
+        assert self.item_offsets is not None
+        return _owners(self.item_offsets, len(self.item_vectors))
+
+    @cached_property
+    def node_of_leaf(self) -> Tensor:
+        """int64 [S], the level-2 node of each SID."""
+        return _owners(self.offsets3, len(self))
+
+    @cached_property
+    def level1_of_node(self) -> Tensor:
+        """int64 [N2], the level-1 token of each level-2 node."""
+        return _owners(self.offsets2, len(self.tokens2))
 
     def __len__(self) -> int:
         """S, the number of SIDs."""
@@ -89,7 +121,27 @@ class Trie:
         if torch.device(device) == self.device:
             return self
         arrays = (getattr(self, name).to(device) for name in _FILES)
-        return Trie(self.alphabet_sizes, *arrays, max_children=(self.max_children2, self.max_children3))
+        items = None if self.item_vectors is None or self.item_offsets is None else (self.item_vectors.to(device), self.item_offsets.to(device))
+        return Trie(self.alphabet_sizes, *arrays, max_children=(self.max_children2, self.max_children3), items=items)
+
+    def with_items(self, item_vectors: NDArray[np.floating], item_offsets: NDArray[np.int64]) -> Trie:
+        """The same trie with the vectors of its items, for guidance.
+
+        Args:
+            item_vectors: float [N, d], SID after SID in the index's order. item_offsets: int64 [S + 1], the index's.
+
+        Raises:
+            TrieError: offsets that do not belong to the trie and the vectors.
+        """
+        if len(item_offsets) != len(self) + 1 or int(item_offsets[-1]) != len(item_vectors):
+            raise TrieError(
+                f"items: expected {len(self) + 1} offsets that end at the number of vectors ({len(item_vectors)}), got {len(item_offsets)} that end at {int(item_offsets[-1])}"
+            )
+        items = (torch.from_numpy(np.asarray(item_vectors, dtype=np.float16)), torch.from_numpy(np.asarray(item_offsets, dtype=np.int64)))
+        arrays = (getattr(self, name) for name in _FILES)
+        return Trie(
+            self.alphabet_sizes, *arrays, max_children=(self.max_children2, self.max_children3), items=(items[0].to(self.device), items[1].to(self.device))
+        )
 
     def find(self, tokens: Tensor) -> Tensor:
         """The SID row of each token triple, without a host sync.
@@ -124,9 +176,11 @@ class Trie:
         return torch.stack([first, self.tokens2[node].long(), self.tokens3[rows].long()], dim=-1)
 
     def save(self, folder: Path) -> None:
-        """Write `offsets2.npy`, `tokens2.npy`, `offsets3.npy`, `tokens3.npy` and `shape.npy` into `folder`."""
+        """Write `offsets2.npy`, `tokens2.npy`, `offsets3.npy`, `tokens3.npy`, `shape.npy` and, where there are any, the items'."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
+            np.save(folder / f"{name}.npy", getattr(self, name).cpu().numpy(), allow_pickle=False)
+        for name in _ITEM_FILES if self.item_vectors is not None else ():
             np.save(folder / f"{name}.npy", getattr(self, name).cpu().numpy(), allow_pickle=False)
         np.save(folder / "shape.npy", np.array([*self.alphabet_sizes, self.max_children2, self.max_children3], dtype=np.int64), allow_pickle=False)
 
@@ -144,7 +198,20 @@ class Trie:
         if not lengths_fit or int(arrays["offsets2"][-1]) != len(arrays["tokens2"]) or int(arrays["offsets3"][-1]) != len(arrays["tokens3"]):
             raise TrieError(f"{folder}: the trie's files do not belong together; rerun jobs/build_sid_index.py with --force")
         tensors = [torch.from_numpy(arrays[name]) for name in _FILES]
-        return cls((shape[0], shape[1], shape[2]), *tensors, max_children=(shape[3], shape[4]))
+        trie = cls((shape[0], shape[1], shape[2]), *tensors, max_children=(shape[3], shape[4]))
+        if not (folder / f"{_ITEM_FILES[0]}.npy").is_file():
+            return trie
+        vectors, offsets = (np.load(folder / f"{name}.npy", mmap_mode="c" if mmap else None, allow_pickle=False) for name in _ITEM_FILES)
+        if vectors.ndim != 2 or len(offsets) != len(trie) + 1 or int(offsets[-1]) != len(vectors):
+            raise TrieError(f"{folder}: its items do not belong to the trie; rerun jobs/build_sid_index.py with --force")
+        trie.item_vectors, trie.item_offsets = torch.from_numpy(vectors), torch.from_numpy(offsets)
+        return trie
+
+
+@torch.inference_mode(False)  # kept, and used in training later, whoever asks first
+def _owners(offsets: Tensor, count: int) -> Tensor:
+    """int64 [count], the segment of `offsets` that each of its `count` entries lies in."""
+    return torch.repeat_interleave(offsets[1:].long() - offsets[:-1].long(), output_size=count)
 
 
 def _longest(offsets: Tensor) -> int:

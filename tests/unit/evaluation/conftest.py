@@ -1,7 +1,8 @@
-"""A hand-made line of artifacts for evaluation: a small log, an untrained encoder, known SIDs and untrained generators."""
+"""A hand-made line of artifacts for evaluation: a small log, an untrained encoder, known SIDs and untrained generators, one guided."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import torch
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.data.schema import ITEMS, REQUESTS
-from genrecall.encoders.embed import embed_catalog
+from genrecall.encoders.embed import embed_catalog, load_item_embeddings
 from genrecall.encoders.text_encoder import load_encoder, save_towers
 from genrecall.encoders.towers import NgramTowers
+from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.model import Decoder
 from genrecall.generator.sft import GeneratorConfig, build_decoder, train_tokenizer
 from genrecall.generator.training_data import make_prompt_builder
 from genrecall.sid.index import SidIndex, load_sid_table
@@ -122,7 +125,7 @@ def log() -> dict[str, list[Request]]:
 
 @dataclass(frozen=True)
 class Line:
-    """Artifacts made from one another; two variants."""
+    """Artifacts made from one another; two variants, of which `cqsid` is guided."""
 
     dataset: Artifact
     encoder: Artifact
@@ -143,27 +146,31 @@ def line(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
         embed_catalog(load_encoder(folder), catalog, folder)
 
     encoder = write(root / "encoder", "encoder", fill_encoder, parents={"dataset": dataset})
-    indexes, generators = {}, {}
+    embeddings = load_item_embeddings(encoder.path)
+    indexes, generators, models = {}, {}, {}
     rows = np.arange(30)
     codes = {"cqsid": [rows // 6, rows % 6 // 2, rows * 0], "rqvae": [rows % 5, rows // 10, rows * 0]}
-    config = GeneratorConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=48)
+    small = GeneratorConfig(vocab_size=300, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=48)
     for variant, levels in codes.items():
+        config = dataclasses.replace(small, guided=variant == "cqsid")
         table = SidTable.from_item_tokens(SidSpace((6, 6, 2)), np.stack(levels, axis=1).astype(np.int32))
 
         def fill_index(folder: Path, table: SidTable = table) -> None:
             (folder / "sid_space.json").write_text(table.space.to_json())
-            Trie.from_tokens(table.tokens, table.space.alphabet_sizes).save(folder / "trie")
-            SidIndex.build(table.item_sid, len(table), np.zeros(30)).save(folder / "index")
+            index = SidIndex.build(table.item_sid, len(table), np.zeros(30))
+            index.save(folder / "index")
+            Trie.from_tokens(table.tokens, table.space.alphabet_sizes).with_items(embeddings[index.item_rows], index.offsets).save(folder / "trie")
             (folder / "stats.json").write_text(json.dumps({"items_per_sid": 2.0, "gini": 0.0}))
 
         indexes[variant] = write(root / variant / "sid_index", "sid_index", fill_index, parents={"dataset": dataset}, name=variant)
         loaded = load_sid_table(indexes[variant].path)
         tokenizer = train_tokenizer(config, catalog, load_requests(dataset, "train", catalog))
-        model = build_decoder(config, tokenizer, loaded, 16)
-        builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, np.load(encoder.file("item_embeddings.npy")))
+        models[variant] = model = build_decoder(config, tokenizer, loaded, 16)
+        builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, embeddings)
 
-        def fill_generator(folder: Path, model: Any = model, builder: Any = builder) -> None:
+        def fill_generator(folder: Path, model: Decoder = model, builder: PromptBuilder = builder, support: str = config.support) -> None:
             builder.save(folder)
+            (folder / "training.json").write_text(json.dumps({"support": support}))
             for stage in ("stage2", "stage3"):
                 model.save_pretrained(folder / stage)
 
@@ -171,10 +178,10 @@ def line(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
         generators[variant] = write(root / variant / "generator", "generator", fill_generator, parents=parents, name=variant)
 
     def fill_aligned(folder: Path) -> None:
-        model.save_pretrained(folder / "stage4")
+        models["cqsid"].save_pretrained(folder / "stage4")
         health = [{"step": float(step), "reward": 0.1 * step, "kl": 0.01, "valid_rate": 1.0, "entropy_1": 2.0} for step in range(4)]
         pq.write_table(pa.Table.from_pylist(health), folder / "health.parquet")
-        (folder / "training.json").write_text(json.dumps({"stopped": "reward <b>sinks</b>"}))
+        (folder / "training.json").write_text(json.dumps({"support": "trie", "stopped": "reward <b>sinks</b>"}))
 
     aligned = write(root / "aligned", "aligned", fill_aligned, parents={"generator": generators["cqsid"]})
     return Line(dataset, encoder, indexes, generators, aligned)

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from genrecall.config import ConfigError, apply_overrides
+from genrecall.data.catalog import load_catalog
+from genrecall.data.interactions import load_requests
 from genrecall.evaluation.gates import GateConfig, check_gates
 from genrecall.evaluation.leaks import LeakError
 from genrecall.evaluation.offline import EvaluationConfig, evaluate
 from genrecall.evaluation.records import find, headline_metrics
 from genrecall.evaluation.results_table import results_table
+from genrecall.generator.retriever import load_retriever
 from genrecall.storage import Artifact
 
-CONFIG = EvaluationConfig(beams=(1, 5, 10), cut_beams=(2, 10), item_budgets=(10, 20), cuts=(10, 20), depth=20, bootstrap_samples=100, cut_items=5)
+CONFIG = EvaluationConfig(beams=(1, 5, 10), cut_beams=(2, 10), item_budgets=(3, 10, 20), cuts=(10, 20), depth=20, bootstrap_samples=100, cut_items=5)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,23 @@ def test_beam_metrics_stay_within_budgets_and_sids_are_valid(metrics: dict[str, 
     assert find(metrics, "semantic", "cqsid", "items_per_sid")["value"] == pytest.approx(2.0)  # type: ignore[index]
     assert find(metrics, "channels", "bm25", "recall@20")["value"] > 0.5  # type: ignore[index]
     assert find(metrics, "channels", "generative", "junk@10") is not None
+
+
+def test_a_guided_row_counts_items_in_the_order_they_are_served_in(line: Any, evaluation: Artifact) -> None:
+    places = {"sid_index": line.sid_indexes["cqsid"].path, "encoder": line.encoder.path}
+    retriever = load_retriever(generator_folder=line.generators["cqsid"].path, stage="stage2", support="trie", personalised=False, **places)
+    requests = load_requests(line.dataset, "test", load_catalog(line.dataset))
+    measured = dict(
+        zip(
+            np.load(evaluation.file("per_request/requests.npz"))["request_id"].tolist(),
+            np.load(evaluation.file("per_request/semantic.cqsid.npz"))["hit@items3"].tolist(),
+            strict=True,
+        )
+    )
+    found = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=10)
+    answers = [retriever.expand(*found.of(row), 3).item_rows for row in range(len(requests))]
+    for request_id, clicked, items in zip(requests.request_ids, requests.clicked, answers, strict=True):
+        assert measured[request_id] == pytest.approx(np.isin(clicked, items).mean())
 
 
 def test_same_inputs_are_not_evaluated_twice(line: Any, evaluation: Artifact) -> None:

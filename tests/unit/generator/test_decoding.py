@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -34,22 +35,36 @@ CONFIG = DecoderConfig(
 )
 ALL_PATHS = np.array(list(itertools.product(*map(range, CONFIG.alphabet_sizes))), dtype=np.int32)
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8, 31], [9]]
+GUIDED = "guided"
+SAMPLED = ("level", "trie", GUIDED)
+KINDS = (*SUPPORTS, GUIDED)
+"""A support, or a guided decoder, whose support is "trie"."""
 
 
 @functools.cache
-def decoder() -> Decoder:
-    model = Decoder(CONFIG, seed=2)
+def decoder(kind: str = "level") -> Decoder:
+    model = Decoder(dataclasses.replace(CONFIG, guide_sharpness=3.0 if kind == GUIDED else 0.0), seed=2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("tokens."):  # spread the logits, so that the order is not within rounding
                 parameter.mul_(6)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(9))
+        if model.guidance is not None:
+            model.guidance.level_weights.copy_(torch.tensor([0.7, 1.2, 0.5]))
     return model
 
 
+def support_of(kind: str) -> str:
+    return "trie" if kind == GUIDED else kind
+
+
 def trie_of(rows: Sequence[int]) -> Trie:
-    return Trie.from_tokens(ALL_PATHS[sorted(rows)], CONFIG.alphabet_sizes)
+    """SIDs of one to three items each."""
+    rng = np.random.default_rng(len(rows))
+    offsets = np.concatenate([[0], rng.integers(1, 4, len(rows)).cumsum()])
+    vectors = rng.standard_normal((offsets[-1], CONFIG.soft_prompt_dim)) / 3
+    return Trie.from_tokens(ALL_PATHS[sorted(rows)], CONFIG.alphabet_sizes).with_items(vectors, offsets)
 
 
 @functools.cache
@@ -65,6 +80,16 @@ def paths_of(trie: Trie) -> Tensor:
     return trie.tokens_of(torch.arange(len(trie)))
 
 
+def plain_guide(model: Decoder, vector: Tensor, prefix: list[int], trie: Trie) -> Tensor:
+    """Log of the share that each child of a prefix has in the dense mass below the prefix; 0 at other tokens."""
+    below = [0.0] * CONFIG.alphabet_sizes[len(prefix)]
+    weights = (model.guidance.sharpness * (trie.item_vectors.float() @ vector)).exp().tolist()
+    for sid_row, path in enumerate(paths_of(trie).tolist()):
+        if path[: len(prefix)] == prefix:
+            below[path[len(prefix)]] += sum(weights[trie.item_offsets[sid_row] : trie.item_offsets[sid_row + 1]])
+    return torch.tensor([math.log(mass / sum(below)) if mass else 0.0 for mass in below])
+
+
 def plain_log_prob(model: Decoder, prompts: Prompts, row: int, prefix: list[int], support: str, trie: Trie) -> Tensor:
     """Next token's log-probabilities over its level's alphabet, from one unpadded sequence, without any cache."""
     level = len(prefix)
@@ -76,6 +101,8 @@ def plain_log_prob(model: Decoder, prompts: Prompts, row: int, prefix: list[int]
     if support == "full":
         return logits.log_softmax(-1)[first : first + CONFIG.alphabet_sizes[level]]
     logits = logits[first : first + CONFIG.alphabet_sizes[level]]
+    if model.guidance is not None:
+        logits = logits + model.guidance.level_weights[level] * plain_guide(model, single.soft[0], prefix, trie)
     if support == "trie":
         children = {path[level] for path in paths_of(trie).tolist() if path[:level] == prefix}
         logits = logits.masked_fill(torch.tensor([token not in children for token in range(len(logits))]), -math.inf)
@@ -95,10 +122,9 @@ def plain_beam_search(model: Decoder, prompts: Prompts, row: int, trie: Trie, be
     return beams
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-@pytest.mark.parametrize("soft", [True, False])
-def test_a_beam_that_covers_everything_finds_what_enumeration_finds(support: str, soft: bool) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts(soft=soft)
+@pytest.mark.parametrize(("kind", "soft"), [*itertools.product(SUPPORTS, [True, False]), (GUIDED, True)])
+def test_a_beam_that_covers_everything_finds_what_enumeration_finds(kind: str, soft: bool) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts(soft=soft)
     found = beam_search(model, prompts, trie, beam_size=45, support=support)
     for row in range(3):
         scores = [
@@ -111,10 +137,10 @@ def test_a_beam_that_covers_everything_finds_what_enumeration_finds(support: str
     assert torch.equal(found.tokens[:, :40], trie.tokens_of(found.sid_rows[:, :40]))
 
 
-@settings(max_examples=15, deadline=None)
-@given(rows=st.sets(st.integers(0, len(ALL_PATHS) - 1), min_size=1, max_size=30), beam_size=st.integers(1, 12), support=st.sampled_from(SUPPORTS))
-def test_search_equals_a_plain_one_at_any_beam_on_any_trie(rows: set[int], beam_size: int, support: str) -> None:
-    model, trie, prompts = decoder(), trie_of(list(rows)), some_prompts().take(slice(0, 2))
+@settings(max_examples=20, deadline=None)
+@given(rows=st.sets(st.integers(0, len(ALL_PATHS) - 1), min_size=1, max_size=30), beam_size=st.integers(1, 12), kind=st.sampled_from(KINDS))
+def test_search_equals_a_plain_one_at_any_beam_on_any_trie(rows: set[int], beam_size: int, kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), trie_of(list(rows)), some_prompts().take(slice(0, 2))
     found = beam_search(model, prompts, trie, beam_size=beam_size, support=support)
     assert found.sid_rows.shape == found.scores.shape == (2, beam_size)
     for row in range(2):
@@ -176,9 +202,9 @@ def test_search_equals_transformers_generate_position_by_position(tmp_path: Path
             torch.testing.assert_close(found.scores[row], scores, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_a_batch_of_unequal_prompts_equals_single_searches(support: str) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_unequal_prompts_equals_single_searches(kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     together = beam_search(model, prompts, trie, beam_size=7, support=support)
     for row in range(3):
         single = Prompts.from_rows([ROWS[row]], prompts.soft[row : row + 1])
@@ -209,10 +235,10 @@ def test_equal_scores_rank_by_smaller_sid_first() -> None:
     torch.testing.assert_close(found.scores, torch.full((3, 6), -math.log(180)))
 
 
-@settings(max_examples=15, deadline=None)
-@given(allowed=st.lists(st.sets(st.integers(0, 39), max_size=12), min_size=3, max_size=3), support=st.sampled_from(SUPPORTS))
-def test_a_filter_gives_the_enumeration_filtered(allowed: list[set[int]], support: str) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+@settings(max_examples=20, deadline=None)
+@given(allowed=st.lists(st.sets(st.integers(0, 39), max_size=12), min_size=3, max_size=3), kind=st.sampled_from(KINDS))
+def test_a_filter_gives_the_enumeration_filtered(allowed: list[set[int]], kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     everything = beam_search(model, prompts, trie, beam_size=40, support=support)
     leaves = torch.zeros(3, len(trie), dtype=torch.bool)
     for row, sids in enumerate(allowed):
@@ -238,10 +264,10 @@ def test_a_beam_whose_children_are_all_barred_dies() -> None:
         assert beam_search(model, some_prompts(), trie, beam_size=2, support=support, allowed=nothing).sid_rows.eq(-1).all()
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_a_search_and_a_sample_never_wait_for_data(support: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_search_and_a_sample_never_wait_for_data(kind: str) -> None:
     # On the meta device tensors have shapes and no values, so anything that reads a value fails.
-    model = copy.deepcopy(decoder()).to("meta")
+    model, support = copy.deepcopy(decoder(kind)).to("meta"), support_of(kind)
     trie, prompts = some_trie().to("meta"), some_prompts().to("meta")
     masks = PrefixMasks.from_leaves(trie, torch.ones(3, 40, dtype=torch.bool, device="meta"))
     assert beam_search(model, prompts, trie, beam_size=7, support=support, allowed=masks).sid_rows.shape == (3, 7)
@@ -266,9 +292,9 @@ def full_sequences(model: Decoder, prompts: Prompts, tokens: Tensor, support: st
     return torch.stack(rows).view(tokens.shape)
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
-def test_group_log_probs_and_their_gradients_equal_full_sequences(support: str) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+@pytest.mark.parametrize("kind", KINDS)
+def test_group_log_probs_and_their_gradients_equal_full_sequences(kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     tokens = paths_of(trie)[torch.randint(0, 40, (3, 4), generator=torch.Generator().manual_seed(1))]
     weights = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))
 
@@ -286,27 +312,27 @@ def test_group_log_probs_and_their_gradients_equal_full_sequences(support: str) 
         torch.testing.assert_close(packed_gradients[name], gradient, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_masked_tokens_count_nothing_and_pass_no_gradient() -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_tokens_count_nothing_and_pass_no_gradient(kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
     masked = tokens.clone()
     masked[0, 1] = -1
     masked[1, 0, 1] = -1  # what follows is masked too
-    for support in SUPPORTS:
-        whole = group_log_probs(model, prompts, tokens, support=support, trie=trie)
-        part = group_log_probs(model, prompts, masked, support=support, trie=trie)
-        kept = torch.ones(3, 2, 3, dtype=torch.bool)
-        kept[0, 1] = False
-        kept[1, 0, 1:] = False
-        torch.testing.assert_close(part, whole * kept)
+    whole = group_log_probs(model, prompts, tokens, support=support, trie=trie)
+    part = group_log_probs(model, prompts, masked, support=support, trie=trie)
+    kept = torch.ones(3, 2, 3, dtype=torch.bool)
+    kept[0, 1] = False
+    kept[1, 0, 1:] = False
+    torch.testing.assert_close(part, whole * kept)
     model.zero_grad()
-    group_log_probs(model, prompts, torch.full((3, 2, 3), -1), support="trie", trie=trie).sum().backward()
+    group_log_probs(model, prompts, torch.full((3, 2, 3), -1), support=support, trie=trie).sum().backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("support", ["level", "trie"])
-def test_level_distributions_sum_to_one_and_hold_the_log_probs(support: str) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_level_distributions_sum_to_one_and_hold_the_log_probs(kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
     scored = group_log_probs(model, prompts, tokens, support=support, trie=trie, return_level_log_probs=True)
     assert [tuple(level.shape) for level in scored.levels] == [(3, 1, 5), (3, 2, 4), (3, 2, 9)]
@@ -317,10 +343,10 @@ def test_level_distributions_sum_to_one_and_hold_the_log_probs(support: str) -> 
     torch.testing.assert_close(scored.log_probs, group_log_probs(model, prompts, tokens, support=support, trie=trie))
 
 
-@pytest.mark.parametrize("support", ["level", "trie"])
+@pytest.mark.parametrize("kind", SAMPLED)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_carry_the_log_probs_that_the_update_computes(support: str, temperature: float) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+def test_samples_carry_the_log_probs_that_the_update_computes(kind: str, temperature: float) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     drawn = sample_group(model, prompts, trie, group_size=16, support=support, generator=torch.Generator().manual_seed(0), temperature=temperature)
     again = group_log_probs(model, prompts, drawn.tokens, support=support, trie=trie, temperature=temperature)
     torch.testing.assert_close(drawn.log_probs, again, atol=1e-5, rtol=1e-5)
@@ -328,17 +354,44 @@ def test_samples_carry_the_log_probs_that_the_update_computes(support: str, temp
     assert (drawn.sid_rows >= 0).all() == (support == "trie")
 
 
-def test_a_temperature_divides_the_logits() -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts()
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_a_temperature_divides_the_logits(kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts()
     tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
-    torch.testing.assert_close(
-        group_log_probs(model, prompts, tokens, temperature=0.5), full_sequences(model, prompts, tokens, "level", trie, temperature=0.5), atol=1e-4, rtol=1e-4
-    )
+    expected = full_sequences(model, prompts, tokens, support, trie, temperature=0.5)
+    torch.testing.assert_close(group_log_probs(model, prompts, tokens, support=support, trie=trie, temperature=0.5), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("support", ["level", "trie"])
-def test_samples_follow_the_distribution(support: str) -> None:
-    model, trie, prompts = decoder(), some_trie(), some_prompts().take(slice(0, 1))
+def test_a_search_scores_as_group_log_probs_do_position_by_position() -> None:
+    model, trie, prompts = decoder(GUIDED), some_trie(), some_prompts()
+    tokens = paths_of(trie).expand(3, -1, -1)
+    with torch.no_grad():
+        by_group = group_log_probs(model, prompts, tokens, support="trie", trie=trie).sum(-1)
+    torch.testing.assert_close(by_group.exp().sum(-1), torch.ones(3))  # all SIDs there are
+    found = beam_search(model, prompts, trie, beam_size=40, support="trie")
+    torch.testing.assert_close(found.scores, by_group.sort(descending=True).values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.scores, by_group.gather(1, found.sid_rows.long()), atol=1e-4, rtol=0)
+    leaves = torch.arange(40) % 3 == torch.arange(3)[:, None]
+    filtered = beam_search(model, prompts, trie, beam_size=20, support="trie", allowed=PrefixMasks.from_leaves(trie, leaves))
+    for row in range(3):
+        expected = by_group[row].masked_fill(~leaves[row], -math.inf).topk(int(leaves[row].sum()))
+        assert filtered.sid_rows[row, : len(expected.indices)].tolist() == expected.indices.tolist()
+        torch.testing.assert_close(filtered.scores[row, : len(expected.values)], expected.values, atol=1e-4, rtol=0)
+
+
+def test_guidance_learns_its_weights_and_leaves_vectors_alone() -> None:
+    model, trie, prompts = decoder(GUIDED), some_trie(), some_prompts()
+    model.zero_grad()
+    tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
+    group_log_probs(model, prompts, tokens, support="trie", trie=trie).sum().backward()
+    assert (model.guidance.level_weights.grad.abs() > 1e-3).all()
+    assert model.soft_prompt.weight.grad.abs().sum() > 0  # the vector also reaches the prompt
+    assert not trie.item_vectors.requires_grad
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_samples_follow_the_distribution(kind: str) -> None:
+    model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts().take(slice(0, 1))
     draws = 20_000
     drawn = sample_group(model, prompts, trie, group_size=draws, support=support, generator=torch.Generator().manual_seed(3))
     everything = beam_search(model, prompts, trie, beam_size=40, support=support)
@@ -398,3 +451,27 @@ def test_what_cannot_be_decoded_is_refused() -> None:
     outside = next(path for path in ALL_PATHS.tolist() if path not in paths_of(trie).tolist() and path[:2] == paths_of(trie)[0, :2].tolist())
     with pytest.raises(DecodingError, match=r"tokens: \[2, 0\] = .* leaves the trie at level 3"):
         group_log_probs(model, prompts, torch.cat((tokens[:2], torch.tensor([[outside]]))), support="trie", trie=trie)
+
+
+def test_what_cannot_be_guided_is_refused() -> None:
+    model, trie, prompts = decoder(GUIDED), some_trie(), some_prompts()
+    tokens = paths_of(trie)[torch.zeros(3, 1, dtype=torch.int64)]
+    uniforms = torch.zeros(3, 1, 3)
+
+    def refused(message: str, *, support: str = "trie", trie: Trie | None = trie, prompts: Prompts = prompts) -> None:
+        with pytest.raises(DecodingError, match=message):
+            group_log_probs(model, prompts, tokens, support=support, trie=trie)
+        if trie is not None:
+            with pytest.raises(DecodingError, match=message):
+                beam_search(model, prompts, trie, beam_size=1, support=support)
+            with pytest.raises(DecodingError, match=message):
+                sample_group(model, prompts, trie, group_size=1, support=support, uniforms=uniforms)
+
+    refused(r"prompts: a guided decoder needs the query encoder's vectors; give soft \[B, soft_prompt_dim\]", prompts=some_prompts(soft=False))
+    for support in ("level", "full"):
+        refused(f"support: a guided decoder scores the children of a prefix only; expected 'trie', got '{support}'", support=support)
+    bare = Trie.from_tokens(ALL_PATHS[:1], CONFIG.alphabet_sizes)
+    refused("trie: a guided decoder needs the trie with its items' vectors; rerun jobs/build_sid_index.py", trie=bare)
+    refused("trie: a guided decoder needs the trie with its items' vectors", trie=None)
+    other = bare.with_items(np.zeros((1, 5)), np.array([0, 1]))
+    refused("its vectors have 5 dimensions, the decoder's query vectors 8; rerun jobs/build_sid_index.py and jobs/train_generator.py", trie=other)

@@ -100,6 +100,37 @@ def test_saved_folder_gives_the_same_decoder_back_and_transformers_reads_it(tmp_
         torch.testing.assert_close(logits_of(ours, ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
+def test_guidance_is_saved_with_the_decoder_and_left_out_of_transformers(tmp_path: Path) -> None:
+    ours = Decoder(DecoderConfig(**{**CONFIG.__dict__, "guide_sharpness": 12.5}), seed=3)
+    assert ours.guidance is not None
+    assert ours.guidance.level_weights.tolist() == [1.0, 1.0, 1.0]
+    with torch.no_grad():
+        ours.guidance.level_weights.copy_(torch.tensor([0.5, 0.25, 2.0]))
+    ours.save_pretrained(tmp_path)
+    again = Decoder.from_pretrained(tmp_path)
+    assert again.config == ours.config
+    assert again.guidance is not None
+    assert again.guidance.sharpness == 12.5
+    assert again.guidance.level_weights.tolist() == [0.5, 0.25, 2.0]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+    assert not any("guidance" in name for name in load_file(tmp_path / "model.safetensors"))
+    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.randint(0, ours.config.vocab_size, (3, 11))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(ours, ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+    Decoder(CONFIG, seed=3).save_pretrained(tmp_path / "unguided")
+    (tmp_path / "genrecall.safetensors").write_bytes((tmp_path / "unguided" / "genrecall.safetensors").read_bytes())
+    with pytest.raises(ModelFolderError, match=r"weights missing: guidance\.level_weights"):
+        Decoder.from_pretrained(tmp_path)
+
+
+def test_the_same_seed_gives_the_same_weights_with_guidance_as_without() -> None:
+    guided = Decoder(DecoderConfig(**{**CONFIG.__dict__, "guide_sharpness": 5.0}), seed=4).state_dict()
+    assert all(torch.equal(tensor, guided[name]) for name, tensor in Decoder(CONFIG, seed=4).state_dict().items())
+
+
 def test_a_sparse_forward_equals_the_whole_one() -> None:
     model = Decoder(CONFIG, seed=0)
     prompts = Prompts.from_rows([[1, 2, 3], [4, 5, 6, 7, 8], [9]], torch.randn(3, 8))
@@ -176,7 +207,10 @@ def test_a_text_model_gains_sids_and_keeps_its_text(tmp_path: Path) -> None:
     theirs = hugging_face_folder(tmp_path / "text")
     text = Decoder.from_pretrained(tmp_path / "text")
     assert text.config.alphabet_sizes == (0, 0, 0)
-    extended = text.extend_for_sids((5, 4, 6), GROUPS, soft_prompt_dim=8)
+    extended = text.extend_for_sids((5, 4, 6), GROUPS, soft_prompt_dim=8, guide_sharpness=7.0)
+    assert extended.guidance is not None
+    assert (extended.guidance.sharpness, extended.guidance.level_weights.tolist()) == (7.0, [1.0, 1.0, 1.0])
+    assert text.extend_for_sids((5, 4, 6)).guidance is None
     ids = torch.randint(0, 50, (2, 7))
     with torch.no_grad():
         torch.testing.assert_close(logits_of(extended, ids)[..., :50], theirs(ids).logits, atol=1e-4, rtol=0)
@@ -273,6 +307,11 @@ def test_pairs_that_were_trained_apart_are_refused(tmp_path: Path) -> None:
         ({"groups": ((6, 1),)}, "groups: expected .code, group. with 0 <= code < 6"),
         ({"groups": ((1, 1), (1, 1))}, "pair is repeated"),
         ({"soft_prompt_dim": -1}, "soft_prompt_dim: must be 0"),
+        ({"guide_sharpness": -1.0}, "guide_sharpness: must be 0 .no guidance. or more, got -1.0"),
+        (
+            {"soft_prompt_dim": 0, "guide_sharpness": 1.0},
+            "guide_sharpness: guidance needs the query encoder's vector; set soft_prompt_dim, or guide_sharpness=0",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(change: dict, message: str) -> None:

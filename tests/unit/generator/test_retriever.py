@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder, DecoderConfig
@@ -16,8 +19,7 @@ from genrecall.sid.trie import Trie
 NO_HISTORY = np.zeros(0, np.int32)
 
 
-@pytest.fixture(scope="module")
-def retriever(catalog, encoder) -> Retriever:
+def make_retriever(catalog, encoder, *, guide_sharpness: float) -> Retriever:
     """An untrained generator over 25 SIDs of two items each."""
     rows = np.arange(50) // 2
     table = SidTable.from_item_tokens(SidSpace((5, 5, 2)), np.stack([rows // 5, rows % 5, np.zeros(50, int)], axis=1).astype(np.int32))
@@ -31,10 +33,25 @@ def retriever(catalog, encoder) -> Retriever:
         num_kv_heads=1,
         intermediate_size=16,
         soft_prompt_dim=encoder.dim,
+        guide_sharpness=guide_sharpness,
     )
     builder = PromptBuilder(tokenizer, config.level_offsets, max_history=2)
     index = SidIndex.build(table.item_sid, len(table), np.arange(50, dtype=np.float64))
-    return Retriever(Decoder(config, seed=1), builder, Trie.from_tokens(table.tokens, (5, 5, 2)), index, table, encoder)
+    trie = Trie.from_tokens(table.tokens, (5, 5, 2)).with_items(encoder.encode_items(catalog.titles)[index.item_rows], index.offsets)
+    return Retriever(Decoder(config, seed=1), builder, trie, index, table, encoder, support="trie" if guide_sharpness else "level")
+
+
+@pytest.fixture(scope="module")
+def retriever(catalog, encoder) -> Retriever:
+    return make_retriever(catalog, encoder, guide_sharpness=0.0)
+
+
+@pytest.fixture
+def guided(catalog, encoder) -> Retriever:
+    made = make_retriever(catalog, encoder, guide_sharpness=8.0)
+    with torch.no_grad():
+        made.model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
+    return made
 
 
 def ask(retriever: Retriever, query: str, gender: str | None = None, history: np.ndarray = NO_HISTORY, **settings):
@@ -56,14 +73,14 @@ def test_inside_a_sid_the_index_order_holds(retriever):
 
 
 def test_scores_are_log_probabilities_of_the_generated_sids(retriever):
-    sid_rows, scores = retriever.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=25)
+    sid_rows, scores, _ = retriever.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=25)
     assert sorted(sid_rows[0].tolist()) == list(range(25))
     # Every (level 1, level 2) pair exists; level 3 has a second code that no SID uses, so the sum stays below 1.
     assert 0 < np.exp(scores[0]).sum() < 1
 
 
 def test_beams_beyond_the_sids_are_empty(retriever):
-    sid_rows, scores = retriever.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=40)
+    sid_rows, scores, _ = retriever.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=40)
     assert (sid_rows[0, 25:] == -1).all()
     assert np.isneginf(scores[0, 25:]).all()
     assert len(ask(retriever, "red lamp", beam_size=40).item_rows) == 50
@@ -88,26 +105,101 @@ def test_unknown_values_and_items_count_as_absent(retriever):
 
 
 @pytest.mark.parametrize("query", ["", "   ", "x" * 10_000, "lamp " * 2_000, "[ANSWER]", "灯 ランプ \x00"])
-def test_every_query_has_an_answer(retriever, query):
-    answer = ask(retriever, query)
-    assert len(answer.item_rows) == 20
-    assert np.isfinite(answer.scores).all()
+def test_every_query_has_an_answer(retriever, guided, query):
+    for made in (retriever, guided):
+        answer = ask(made, query)
+        assert len(answer.item_rows) == 20
+        assert np.isfinite(answer.scores).all()
 
 
 def test_a_batch_gives_what_each_request_gives_alone(retriever):
     queries = [f"{colour} lamp {row}" for row, colour in enumerate(["red", "blue", ""] * ((MAX_BATCH + 50) // 3))]
     genders = ["f", None] * (len(queries) // 2) + [None] * (len(queries) % 2)
     histories = [np.arange(row % 4, dtype=np.int32) for row in range(len(queries))]
-    sid_rows, scores = retriever.generate(queries, genders, [None] * len(queries), histories, beam_size=5)
+    sid_rows, scores, vectors = retriever.generate(queries, genders, [None] * len(queries), histories, beam_size=5)
     assert len(queries) > MAX_BATCH
     for row in (0, 1, 2, MAX_BATCH - 1, MAX_BATCH, len(queries) - 1):
-        alone_rows, alone_scores = retriever.generate([queries[row]], [genders[row]], [None], [histories[row]], beam_size=5)
-        assert np.array_equal(alone_rows[0], sid_rows[row])
-        assert alone_scores[0] == pytest.approx(scores[row], abs=1e-5)
+        alone = retriever.generate([queries[row]], [genders[row]], [None], [histories[row]], beam_size=5)
+        assert np.array_equal(alone.sid_rows[0], sid_rows[row])
+        assert alone.scores[0] == pytest.approx(scores[row], abs=1e-5)
+        assert np.array_equal(alone.vectors[0], vectors[row])
 
 
 def test_no_requests_no_answers(retriever):
     assert retriever.recall([], [], [], [], beam_size=3, limit=3) == []
+
+
+def test_query_vectors_come_with_the_sids_where_prompts_hold_them(retriever, encoder):
+    found = retriever.generate(["red lamp", "drill"], [None] * 2, [None] * 2, [NO_HISTORY] * 2, beam_size=3)
+    np.testing.assert_array_equal(found.vectors, encoder.encode_queries(["red lamp", "drill"]))
+    for part, whole in zip(found.of(1), found, strict=True):
+        assert np.array_equal(part, whole[1])
+    builder = PromptBuilder(retriever.prompt_builder.tokenizer, retriever.prompt_builder.level_offsets, soft_prompt=False)
+    bare = Retriever(retriever.model, builder, retriever.trie, retriever.index, retriever.table, None)
+    assert bare.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=3).vectors is None
+    assert bare.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=3).of(0)[2] is None
+
+
+def test_a_guided_items_score_is_its_sids_plus_its_share_of_the_sid(guided):
+    found = guided.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=25)
+    answer = guided.expand(*found.of(0), 100)
+    expected = []
+    for sid, score in zip(found.sid_rows[0].tolist(), found.scores[0].tolist(), strict=True):
+        start, end = guided.trie.item_offsets[sid : sid + 2].tolist()
+        cosines = [float(one) for one in guided.trie.item_vectors[start:end].float() @ torch.from_numpy(found.vectors[0])]
+        total = sum(math.exp(8.0 * 0.6 * cosine) for cosine in cosines)
+        members = zip(guided.index.items(sid).tolist(), cosines, strict=True)
+        expected += [(score + 8.0 * 0.6 * cosine - math.log(total), item, sid) for item, cosine in members]
+    expected.sort(key=lambda one: -one[0])
+    assert answer.scores.tolist() == pytest.approx([score for score, _, _ in expected], abs=1e-5)
+    assert answer.item_rows.tolist() == [item for _, item, _ in expected]
+    assert answer.sid_rows.tolist() == [sid for _, _, sid in expected]
+    assert answer.scores.dtype == np.float32
+    assert (np.diff(answer.scores) <= 0).all()
+
+
+def test_probabilities_of_a_sids_items_add_to_the_sids(guided):
+    found = guided.generate(["blue carpet"], [None], [None], [NO_HISTORY], beam_size=25)
+    answer = guided.expand(*found.of(0), 100)
+    by_sid = np.bincount(answer.sid_rows, weights=np.exp(answer.scores), minlength=25)
+    np.testing.assert_allclose(by_sid[found.sid_rows[0]], np.exp(found.scores[0]), rtol=1e-5)
+    assert by_sid.sum() == pytest.approx(1.0, abs=1e-5)  # the beam holds every SID
+
+
+def test_a_large_sids_best_item_may_come_before_a_small_sids(guided):
+    # SID 4 (p = 0.4) has items at cosines 0 and 1, of which e^(ln 3 * cosine) makes 1/4 and 3/4; those of SID 2 (p = 0.5) are alike.
+    guided.model.guidance.sharpness = math.log(3)
+    with torch.no_grad():
+        guided.model.guidance.level_weights.fill_(1.0)
+    guided.trie.item_vectors[8:10] = torch.eye(16)[[1, 0]]
+    guided.trie.item_vectors[4:6] = torch.eye(16)[[2, 3]]
+    sids, scores = np.array([2, -1, 4], np.int32), np.log(np.array([0.5, 1e-30, 0.4], np.float32))
+    answer = guided.expand(sids, scores, np.eye(16, dtype=np.float32)[0], 10)
+    near, far = guided.index.items(4)[[1, 0]]
+    assert answer.item_rows.tolist() == [near, *guided.index.items(2), far]  # items of equal score in the index's order
+    assert answer.sid_rows.tolist() == [4, 2, 2, 4]
+    assert np.exp(answer.scores).tolist() == pytest.approx([0.3, 0.25, 0.25, 0.1])
+
+
+def test_a_guided_answer_is_cut_after_ordering(guided):
+    found = guided.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=40).of(0)
+    whole = guided.expand(*found, 1000)
+    assert len(whole.item_rows) == 50
+    for limit in (0, 1, 7, 49):
+        part = guided.expand(*found, limit)
+        assert part.item_rows.tolist() == whole.item_rows[:limit].tolist()
+        assert part.scores.tolist() == whole.scores[:limit].tolist()
+    nothing = guided.expand(np.full(3, -1, np.int32), np.full(3, -np.inf, np.float32), np.zeros(16, np.float32), 5)
+    assert len(nothing.item_rows) == len(nothing.scores) == 0
+
+
+def test_without_guidance_a_vector_changes_nothing(retriever):
+    sids, scores = np.array([3, 1], np.int32), np.array([-1.0, -2.0], np.float32)
+    for vector in (None, np.ones(16, np.float32)):
+        answer = retriever.expand(sids, scores, vector, 3)
+        assert answer.item_rows.tolist() == [7, 6, 3]
+        assert answer.sid_rows.tolist() == [3, 3, 1]
+        assert answer.scores.tolist() == [-1.0, -1.0, -2.0]
 
 
 def test_wrong_arguments_are_refused(retriever):
@@ -131,14 +223,18 @@ def test_a_missing_stage_is_named(tmp_path):
         load_retriever(generator_folder=tmp_path, stage="stage3", sid_index=tmp_path, encoder=tmp_path)
 
 
-def test_a_saved_generator_answers_the_same(retriever, tmp_path, encoder, monkeypatch):
+@pytest.mark.parametrize("name", ["retriever", "guided"])
+def test_a_saved_generator_answers_the_same(name, request, tmp_path, encoder, monkeypatch):
+    retriever = request.getfixturevalue(name)
     retriever.model.save_pretrained(tmp_path / "generator" / "stage2")
     retriever.prompt_builder.save(tmp_path / "generator")
     retriever.trie.save(tmp_path / "sid_index" / "trie")
     retriever.index.save(tmp_path / "sid_index" / "index")
     (tmp_path / "sid_index" / "sid_space.json").write_text(retriever.table.space.to_json())
     monkeypatch.setattr("genrecall.generator.retriever.load_encoder", lambda *_, **__: encoder)
-    again = load_retriever(generator_folder=tmp_path / "generator", stage="stage2", sid_index=tmp_path / "sid_index", encoder=tmp_path, device="cpu")
+    again = load_retriever(
+        generator_folder=tmp_path / "generator", stage="stage2", sid_index=tmp_path / "sid_index", encoder=tmp_path, support=retriever.support, device="cpu"
+    )
     one, other = (ask(made, "red lamp", "f", np.array([1, 2], np.int32)) for made in (retriever, again))
     assert np.array_equal(one.item_rows, other.item_rows)
     assert one.scores == pytest.approx(other.scores, abs=1e-6)

@@ -11,10 +11,9 @@ import torch
 
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.data.interactions import known_at_split
-from genrecall.generator.examples import Batches
+from genrecall.generator.examples import Batches, ExampleSet
 from genrecall.generator.model import Decoder
 from genrecall.generator.sft import (
-    SUPPORT,
     GeneratorConfig,
     StageConfig,
     build_decoder,
@@ -40,18 +39,30 @@ CONFIG = GeneratorConfig(
 )
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["paper", "guided"])
+def config(request) -> GeneratorConfig:
+    return dataclasses.replace(CONFIG, guided=request.param)
+
+
+@pytest.fixture(scope="module")
+def trie(catalog, table, encoder) -> Trie:
+    """With one item a SID, in the SIDs' order."""
+    return Trie.from_tokens(table.tokens, (5, 10, 2)).with_items(encoder.encode_items(catalog.titles), np.arange(51))
+
+
 @pytest.fixture(scope="module")
 def parts(catalog, requests, table, encoder):
     tokenizer = train_tokenizer(CONFIG, catalog, requests)
     model = build_decoder(CONFIG, tokenizer, table, encoder.dim)
     builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, encoder.encode_items(catalog.titles))
-    return model, builder, build_training_data(CONFIG, catalog, requests, table, builder, encoder)
+    return builder, build_training_data(CONFIG, catalog, requests, table, builder, encoder)
 
 
 @pytest.fixture(scope="module")
-def trained(parts) -> Decoder:
+def trained(config, parts, table, trie) -> Decoder:
     """The three stages in a plain loop."""
-    model, builder, data = parts
+    builder, data = parts
+    model = build_decoder(config, builder.tokenizer, table, data.vectors.shape[1])
     optimizer = torch.optim.AdamW(model.parameters())
     rate = learning_rate_schedule(CONFIG.stages)
     done = 0
@@ -59,7 +70,8 @@ def trained(parts) -> Decoder:
         batches = Batches(examples, batch_size=stage.batch_size, targets=1 if number == 0 else 3, seed=(0, number))
         for step in range(stage.steps):
             prompts, sids = batches.batch(step, builder, data.vectors)
-            loss, _ = sft_loss(model, prompts.token_ids, prompts.lengths, prompts.soft, torch.from_numpy(data.sid_tokens[sids]))
+            targets = torch.from_numpy(data.sid_tokens[sids])
+            loss, _ = sft_loss(model, prompts.token_ids, prompts.lengths, prompts.soft, targets, support=config.support, trie=trie)
             optimizer.param_groups[0]["lr"] = rate(done)
             optimizer.zero_grad()
             loss.backward()
@@ -68,45 +80,91 @@ def trained(parts) -> Decoder:
     return model
 
 
-def test_fifty_items_are_learned(trained, parts, requests, table, encoder):
-    _, builder, _ = parts
+def test_fifty_items_are_learned(config, trained, parts, requests, table, trie, encoder):
+    builder, _ = parts
     validation = Validation.build(builder, requests.take(range(50)), 50, table, encoder)
-    measured = validation.measure(trained, builder, Trie.from_tokens(table.tokens, (5, 10, 2)), personalised=False, support=SUPPORT)
+    measured = validation.measure(trained, builder, trie, personalised=False, support=config.support)
     assert measured["hit@1"] > 0.9
     assert measured["hit@10"] >= measured["hit@1"]
     assert measured["hit@100"] == 1.0  # more beams than SIDs
     assert measured["loss"] < 1.0
 
 
-def test_the_shopper_decides_where_the_query_does_not(trained, parts, requests, table, encoder):
-    _, builder, _ = parts
+def test_the_shopper_decides_where_the_query_does_not(config, trained, parts, requests, table, trie, encoder):
+    builder, _ = parts
     validation = Validation.build(builder, requests.take(range(50, 60)), 50, table, encoder)
-    trie = Trie.from_tokens(table.tokens, (5, 10, 2))
-    assert validation.measure(trained, builder, trie, personalised=True, support=SUPPORT)["hit@1"] > 0.9
-    assert validation.measure(trained, builder, trie, personalised=False, support=SUPPORT)["hit@1"] < 0.7
+    assert validation.measure(trained, builder, trie, personalised=True, support=config.support)["hit@1"] > 0.9
+    assert validation.measure(trained, builder, trie, personalised=False, support=config.support)["hit@1"] < 0.7
 
 
-def test_loss_is_the_sum_of_its_levels_and_starts_near_uniform(parts, catalog, requests, table, encoder):
-    _, builder, data = parts
-    fresh = build_decoder(CONFIG, builder.tokenizer, table, encoder.dim)
+def test_loss_is_the_sum_of_its_levels_and_starts_near_uniform(parts, table, trie, encoder):
+    builder, data = parts
+    fresh = build_decoder(dataclasses.replace(CONFIG, guided=False), builder.tokenizer, table, encoder.dim)
     prompts, sids = Batches(data.stages[1], batch_size=8, targets=3, seed=0).batch(0, builder, data.vectors)
-    loss, levels = sft_loss(fresh, prompts.token_ids, prompts.lengths, prompts.soft, torch.from_numpy(data.sid_tokens[sids]))
+    targets = torch.from_numpy(data.sid_tokens[sids])
+    loss, levels = sft_loss(fresh, prompts.token_ids, prompts.lengths, prompts.soft, targets, support="level", trie=trie)
     assert loss.item() == pytest.approx(sum(value.item() for value in levels.values()), abs=1e-5)
     assert loss.item() == pytest.approx(np.log(5) + np.log(10) + np.log(2), abs=1.5)
+
+
+def test_guided_loss_starts_at_that_of_the_encoder_alone(parts, table, trie, encoder):
+    builder, data = parts
+    fresh = build_decoder(CONFIG, builder.tokenizer, table, encoder.dim)
+    with torch.no_grad():
+        fresh.tokens.codes.zero_()  # small already
+    prompts, sids = Batches(data.stages[1], batch_size=64, targets=3, seed=0).batch(0, builder, data.vectors)
+    targets = torch.from_numpy(data.sid_tokens[sids])
+    loss, _ = sft_loss(fresh, prompts.token_ids, prompts.lengths, prompts.soft, targets, support="trie", trie=trie)
+    # One item a SID: p(SID) is the softmax of 20 * cosine over the 50 items.
+    dense = (20 * prompts.soft @ trie.item_vectors.float().T).log_softmax(-1)
+    assert loss.item() == pytest.approx(-float(dense.gather(1, torch.from_numpy(sids).long()).mean()), abs=1e-3)
+
+
+def test_guidance_is_part_of_the_settings(table):
+    assert (GeneratorConfig().support, dataclasses.replace(CONFIG, guided=False).support) == ("trie", "level")
+    assert CONFIG.decoder_config(600, table, 16).guide_sharpness == 20.0
+    assert dataclasses.replace(CONFIG, guided=False).decoder_config(600, table, 16).guide_sharpness == 0.0
+    with pytest.raises(ConfigError, match="guided: needs the query vectors that soft_prompt=true brings; set guided=false too"):
+        apply_overrides(GeneratorConfig(), ["soft_prompt=false"])
+    assert not apply_overrides(GeneratorConfig(), ["soft_prompt=false", "guided=false"]).guided
+    with pytest.raises(ConfigError, match=r"guide_sharpness: must be positive, got 0\.0; guided=false switches guidance off"):
+        apply_overrides(GeneratorConfig(), ["guide_sharpness=0.0"])
+
+
+def prompts_of(examples: ExampleSet) -> list[list[int]]:
+    return [examples.bank.ids[start:end].tolist() for start, end in itertools.pairwise(examples.bank.offsets)]
 
 
 def test_query_targets_are_all_clicked_sids_weighted_by_feedback(catalog, table, encoder, parts, make_requests):
     # "bracket": item 3 clicked twice, item 4 bought once (weight 2). "Bracket " is the same query.
     requests = make_requests(["bracket", "Bracket "], [[3], [3, 4]], purchased=[[], [4]])
     config = dataclasses.replace(CONFIG, stage2_item_fraction=0.0, corrupted_query_fraction=0.0)
-    _, stage2, stage3 = build_training_data(config, catalog, requests, table, parts[1], encoder).stages
-    assert len(stage2) == 1
-    assert dict(zip(stage2.target_sids.tolist(), stage2.target_weights.tolist(), strict=True)) == {3: 2.0, 4: 2.0}
+    _, stage2, stage3 = build_training_data(config, catalog, requests, table, parts[0], encoder).stages
+    assert len({tuple(prompt) for prompt in prompts_of(stage2)}) == 1
+    for start, end in itertools.pairwise(stage2.target_offsets):
+        assert dict(zip(stage2.target_sids[start:end].tolist(), stage2.target_weights[start:end].tolist(), strict=True)) == {3: 2.0, 4: 2.0}
     assert stage3 is None  # no gender, age or history anywhere
 
 
+def test_a_training_query_stands_beside_the_vector_of_a_half_seen_copy(catalog, table, encoder, parts, make_requests):
+    query = "red bracket with two holes"
+    whole = encoder.encode_queries([query]).astype(np.float16)
+
+    def stage2(drop: float) -> tuple[ExampleSet, np.ndarray]:
+        config = dataclasses.replace(CONFIG, stage2_item_fraction=0.0, corrupted_query_fraction=0.0, query_vector_drop=drop)
+        data = build_training_data(config, catalog, make_requests([query], [[0]]), table, parts[0], encoder)
+        return data.stages[1], data.vectors[data.stages[1].vector_rows]
+
+    plain, vectors = stage2(0.0)
+    assert (vectors == whole).all()
+    half, seen = stage2(0.6)
+    assert not (seen == whole).all()
+    assert {tuple(prompt) for prompt in prompts_of(half)} == {tuple(prompt) for prompt in prompts_of(plain)}  # the text itself is whole
+    assert set(half.target_sids.tolist()) == {0}
+
+
 def test_stage_one_knows_titles_corruptions_and_short_texts(parts, catalog, table):
-    _, builder, data = parts
+    builder, data = parts
     stage1 = data.stages[0]
     first = stage1.bank.ids[stage1.bank.offsets[:-1]]
     shares = [stage1.weights[first == marker].sum() for marker in (builder.tokenizer.item_id, builder.tokenizer.query_id)]
@@ -115,13 +173,12 @@ def test_stage_one_knows_titles_corruptions_and_short_texts(parts, catalog, tabl
 
 
 def test_stage_three_copies_forget_clicks_but_keep_the_order(parts, catalog, table, encoder, make_requests):
-    _, builder, _ = parts
+    builder, _ = parts
     asked = make_requests(["lamp"], [[7]], history=[[1, 2]], genders=["f"])
     config = dataclasses.replace(CONFIG, stage3_query_fraction=0.0, corrupted_query_fraction=0.0)
     _, _, stage3 = build_training_data(config, catalog, asked, table, builder, encoder).stages
-    prompts = [stage3.bank.ids[start:end].tolist() for start, end in itertools.pairwise(stage3.bank.offsets)]
     kept = []
-    for prompt in prompts:
+    for prompt in prompts_of(stage3):
         start = prompt.index(builder.tokenizer.history_id) + 1 if builder.tokenizer.history_id in prompt else 0
         kept.append([token - builder.level_offsets[1] for token in prompt[start + 1 : prompt.index(builder.tokenizer.query_id) : 3]] if start else [])
     assert kept[0] == [1, 2]
@@ -134,13 +191,13 @@ def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table
     seen[49] = np.datetime64(10_000, "us")
     later = dataclasses.replace(catalog, first_seen=seen)
     assert known_at_split(later, requests).tolist() == [True] * 49 + [False]
-    stage1 = build_training_data(CONFIG, later, requests, table, parts[1], encoder).stages[0]
+    stage1 = build_training_data(CONFIG, later, requests, table, parts[0], encoder).stages[0]
     assert set(stage1.target_sids.tolist()) == set(range(49))
     assert known_at_split(catalog, requests).all()
 
 
 def test_the_same_inputs_give_the_same_examples(parts, catalog, requests, table, encoder):
-    _, builder, data = parts
+    builder, data = parts
     again = build_training_data(CONFIG, catalog, requests, table, builder, encoder)
     for one, other in zip(data.stages, again.stages, strict=True):
         assert np.array_equal(one.bank.ids, other.bank.ids)
@@ -149,7 +206,7 @@ def test_the_same_inputs_give_the_same_examples(parts, catalog, requests, table,
 
 def test_a_log_without_clicks_is_refused(catalog, table, encoder, parts, make_requests):
     with pytest.raises(NothingToLearnError, match="none has a clicked or purchased item"):
-        build_training_data(CONFIG, catalog, make_requests(["bracket"], [[]]), table, parts[1], encoder)
+        build_training_data(CONFIG, catalog, make_requests(["bracket"], [[]]), table, parts[0], encoder)
 
 
 def test_each_stage_has_its_own_warm_up_and_cosine():
@@ -174,11 +231,13 @@ def test_impossible_settings_are_named():
 def test_training_can_start_from_a_text_model(tmp_path, catalog, requests, table, encoder, parts):
     text_model = Decoder(dataclasses.replace(CONFIG.decoder_config(700, None, 0), max_positions=128), seed=1)
     text_model.save_pretrained(tmp_path)
-    parts[1].tokenizer.save(tmp_path / "tokenizer.json")
+    parts[0].tokenizer.save(tmp_path / "tokenizer.json")
     config = GeneratorConfig(base_model=str(tmp_path))
     tokenizer = train_tokenizer(config, catalog, requests)
     model = build_decoder(config, tokenizer, table, encoder.dim)
     assert model.config.alphabet_sizes == (5, 10, 2)
     assert model.config.text_vocab_size == 700
     assert model.config.soft_prompt_dim == encoder.dim
+    assert model.config.guide_sharpness == 20.0
+    assert build_decoder(dataclasses.replace(config, guided=False), tokenizer, table, encoder.dim).guidance is None
     assert torch.equal(model.tokens.text, text_model.tokens.text)

@@ -36,7 +36,7 @@ def test_a_loaded_bundle_answers_as_its_parts_would(untrained_line):
     assert [item["item_id"] for item in shown] == bundle.ids_of(result.item_rows) == [f"i{row:02d}" for row in result.item_rows]
     assert shown[0]["brand"] == "Acme"
     assert (np.diff(result.scores) <= 0).all()
-    assert bundle.about["support"] == "level"
+    assert bundle.about["support"] == "trie"
     assert bundle.about["max_items_per_sid"] == 5
 
 
@@ -96,7 +96,14 @@ class Planted:
 
 
 @pytest.mark.parametrize(
-    "name", ["sid_index/index/offsets.npy", "generator/stage/model.safetensors", "encoder/encoder.safetensors", "sid_index/trie/tokens3.npy"]
+    "name",
+    [
+        "sid_index/index/offsets.npy",
+        "generator/stage/model.safetensors",
+        "encoder/encoder.safetensors",
+        "sid_index/trie/tokens3.npy",
+        "sid_index/trie/item_vectors.npy",
+    ],
 )
 def test_a_pickle_under_a_harmless_name_is_never_run(copied, name):
     if name.endswith(".npy"):

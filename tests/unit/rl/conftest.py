@@ -1,7 +1,8 @@
-"""A toy world for reinforcement learning: 12 of 64 possible SIDs, six requests, a decoder of one layer."""
+"""A toy world for reinforcement learning: 12 of 64 possible SIDs, six requests, a decoder of one layer; and the same world guided."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,17 @@ NUM_REQUESTS = 6
 
 @dataclass
 class Toy:
-    """Requests 0 to 5; request r was clicked at SID 2r and saw SID 2r + 1."""
+    """Requests 0 to 5; request r was clicked at SID 2r and saw SID 2r + 1. In the guided world they have query vectors `soft` [6, d]."""
 
     model: Decoder
     trie: Trie
     sid_tokens: np.ndarray
     feedback: Feedback
+    soft: np.ndarray | None = None
+
+    @property
+    def support(self) -> str:
+        return "level" if self.soft is None else "trie"
 
     def task(self, rows, *, step: int = 0, weights=(2.0, 0.1), expert_sids=None) -> RolloutTask:
         rows = np.asarray(rows, dtype=np.int64)
@@ -37,14 +43,15 @@ class Toy:
             request_rows=rows,
             token_ids=prompts.token_ids.numpy(),
             lengths=prompts.lengths.numpy(),
-            soft=None,
+            soft=None if prompts.soft is None else prompts.soft.numpy(),
             expert_offsets=np.concatenate([[0], np.cumsum([len(one) for one in sids])]).astype(np.int64),
             expert_sids=np.concatenate(sids).astype(np.int32),
             expert_weights=np.concatenate([np.array(weights)[: len(one)] for one in sids]) if len(sids) else np.zeros(0),
         )
 
     def prompts(self, rows) -> Prompts:
-        return Prompts.from_rows([[int(row) + 1] * (1 + int(row) % 3) for row in rows])
+        soft = None if self.soft is None else torch.from_numpy(self.soft[np.asarray(rows)])
+        return Prompts.from_rows([[int(row) + 1] * (1 + int(row) % 3) for row in rows], soft)
 
 
 def toy_tokens() -> np.ndarray:
@@ -70,14 +77,25 @@ def toy() -> Toy:
 
 
 @pytest.fixture
-def toy_artifacts(toy: Toy, tmp_path: Path) -> dict[str, Artifact]:
-    """The toy's decoder and trie as artifacts, for actors that open them."""
+def guided_toy(toy: Toy) -> Toy:
+    """Two items a SID; a query lies nearest to the SID before the clicked one, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((24, 8)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    trie = toy.trie.with_items(vectors, np.arange(13) * 2)
+    config = dataclasses.replace(toy.model.config, soft_prompt_dim=8, guide_sharpness=4.0)
+    soft = vectors[(np.arange(NUM_REQUESTS) * 4 - 2) % 24]
+    return dataclasses.replace(toy, model=Decoder(config, seed=1).eval(), trie=trie, soft=soft)
+
+
+def artifacts_of(toy: Toy, folder: Path) -> dict[str, Artifact]:
+    """A toy's decoder and trie as artifacts, for actors that open them."""
 
     def written(kind: str, fill) -> Artifact:
         stage = Stage(
             kind=kind,
-            uri=str(tmp_path / kind),
-            config=RolloutConfig(seed=0, group_size=2, num_experts=0, support="level"),
+            uri=str(folder / kind),
+            config=RolloutConfig(seed=0, group_size=2, num_experts=0, support=toy.support),
             algorithm_version=1,
             parents={},
             seed=0,
@@ -94,12 +112,26 @@ def toy_artifacts(toy: Toy, tmp_path: Path) -> dict[str, Artifact]:
 
 
 @pytest.fixture
-def rollout_spec(toy_artifacts) -> dict[str, object]:
-    """What a rollout actor of the toy world is made from."""
+def toy_artifacts(toy: Toy, tmp_path: Path) -> dict[str, Artifact]:
+    return artifacts_of(toy, tmp_path)
+
+
+def spec_of(toy: Toy, artifacts: dict[str, Artifact]) -> dict[str, object]:
+    """What a rollout actor of a toy world is made from."""
     return {
-        "generator": toy_artifacts["generator"].uri,
-        "sid_index": toy_artifacts["sid_index"].uri,
+        "generator": artifacts["generator"].uri,
+        "sid_index": artifacts["sid_index"].uri,
         "stage": "stage3",
-        "rollout": to_dict(RolloutConfig(seed=5, group_size=4, num_experts=1, support="level")),
+        "rollout": to_dict(RolloutConfig(seed=5, group_size=4, num_experts=1, support=toy.support)),
         "use_gpu": False,
     }
+
+
+@pytest.fixture
+def rollout_spec(toy: Toy, toy_artifacts: dict[str, Artifact]) -> dict[str, object]:
+    return spec_of(toy, toy_artifacts)
+
+
+@pytest.fixture
+def guided_spec(guided_toy: Toy, tmp_path: Path) -> dict[str, object]:
+    return spec_of(guided_toy, artifacts_of(guided_toy, tmp_path / "guided"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from genrecall.config import ConfigError, apply_overrides, from_dict, to_dict
+from genrecall.generator.sft import GeneratorConfig
 from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
 from genrecall.train_worker import TrainSettings
 
@@ -13,6 +14,7 @@ LEARNER = TrainSettings(num_workers=1, cpus_per_worker=1)
 
 def test_defaults_fit_two_cores():
     assert AlignConfig().problems() == []
+    assert AlignConfig().rollout_config().support == GeneratorConfig().support  # stage 4 of what stage 3 trains
     check_cluster(AlignConfig(), LEARNER, {"CPU": 2.0})
     assert sum(AlignConfig().cpu_requests(LEARNER).values()) == pytest.approx(1.75)
 

@@ -17,9 +17,9 @@ from genrecall.rl.rollout import Rollout, RolloutConfig, RolloutWorker, weights_
 from genrecall.sid.index import SidIndex
 
 
-def reference_levels(model, prompts, tokens):
+def reference_levels(toy, model, prompts, tokens):
     with torch.no_grad():
-        return group_log_probs(model, prompts, tokens, return_level_log_probs=True).levels
+        return group_log_probs(model, prompts, tokens, support=toy.support, trie=toy.trie, return_level_log_probs=True).levels
 
 
 def loss_of(toy, tokens, old, rewards, experts, *, reference=None, anchors=None, weight=1.0, **objective):
@@ -30,29 +30,39 @@ def loss_of(toy, tokens, old, rewards, experts, *, reference=None, anchors=None,
         toy.model,
         prompts.token_ids,
         prompts.lengths,
-        None,
+        prompts.soft,
         answers,
         old,
         rewards,
         experts,
-        reference_levels(reference or toy.model, prompts, tokens),
+        reference_levels(toy, reference or toy.model, prompts, tokens),
         torch.tensor(weight),
         present,
         objective=ObjectiveConfig(**objective),
-        support="level",
-        trie=None,
+        support=toy.support,
+        trie=toy.trie,
     )
 
 
-@pytest.fixture
-def group(toy):
-    rollout = RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=0, group_size=5, num_experts=1, support="level")).sample(toy.task(range(6)))
+def group_of(toy):
+    rollout = RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=0, group_size=5, num_experts=1, support=toy.support)).sample(toy.task(range(6)))
     rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.1, 1.0], size=(6, 5)).astype(np.float32))
     return torch.from_numpy(rollout.tokens).long(), torch.from_numpy(rollout.log_probs), rewards, torch.from_numpy(rollout.experts)
 
 
-def test_fresh_on_policy_loss_is_minus_the_mean_advantage(toy, group):
-    tokens, old, rewards, experts = group
+@pytest.fixture
+def group(toy):
+    return group_of(toy)
+
+
+@pytest.fixture(params=["toy", "guided_toy"])
+def any_toy(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_fresh_on_policy_loss_is_minus_the_mean_advantage(any_toy):
+    toy = any_toy
+    tokens, old, rewards, experts = group_of(toy)
     loss, parts = loss_of(toy, tokens, old, rewards, experts)
     assert loss.item() == pytest.approx(-group_advantages(rewards).mean().item(), abs=1e-5)  # all ratios are 1 and the KL is 0
     assert parts["kl"].item() == pytest.approx(0.0, abs=1e-6)
@@ -61,14 +71,51 @@ def test_fresh_on_policy_loss_is_minus_the_mean_advantage(toy, group):
     assert parts["entropy_1"].item() <= np.log(4) + 1e-5
 
 
-def test_kl_pulls_toward_the_reference(toy, group):
-    tokens, old, rewards, experts = group
+def test_kl_pulls_toward_the_reference(any_toy):
+    toy = any_toy
+    tokens, old, rewards, experts = group_of(toy)
     other = Decoder(toy.model.config, seed=9).eval()
     flat = torch.full_like(rewards, 0.1)  # no spread, so only the KL is left
     loss, parts = loss_of(toy, tokens, old, flat, experts, reference=other, kl_weight=2.0)
     assert parts["kl"].item() > 0
     assert loss.item() == pytest.approx(2.0 * parts["kl"].item(), rel=1e-5)
     assert parts["kl"].item() == pytest.approx(sum(parts[f"kl_{level}"].item() for level in (1, 2, 3)) / 3, rel=1e-5)
+
+
+def test_guided_kl_is_over_the_trie_alone_with_a_finite_gradient(guided_toy):
+    tokens, old, rewards, experts = group_of(guided_toy)
+    prompts = guided_toy.prompts(range(6))
+    with torch.no_grad():
+        scored = group_log_probs(guided_toy.model, prompts, tokens, support="trie", trie=guided_toy.trie, return_level_log_probs=True)
+    assert all(torch.isneginf(level).any() for level in scored.levels[1:])  # codes that no SID has after the prefix
+    flat = torch.full_like(rewards, 0.1)
+    loss, parts = loss_of(guided_toy, tokens, old, flat, experts)
+    loss.backward()
+    assert parts["kl"].item() == pytest.approx(0.0, abs=1e-6)  # against itself
+    assert all(torch.isfinite(value) for value in parts.values())
+    loss, parts = loss_of(guided_toy, tokens, old, flat, experts, reference=Decoder(guided_toy.model.config, seed=9).eval())
+    loss.backward()
+    assert 0 < parts["kl"].item() < np.inf
+    weights = guided_toy.model.guidance.level_weights
+    assert all(torch.isfinite(parameter.grad).all() for parameter in guided_toy.model.parameters())
+    assert weights.grad.abs().max() > 0
+
+
+def test_guided_kl_of_two_level_weights_equals_a_plain_sum(guided_toy):
+    tokens, old, rewards, _ = group_of(guided_toy)
+    other = Decoder(guided_toy.model.config, seed=1).eval()
+    with torch.no_grad():
+        other.guidance.level_weights.fill_(0.25)
+    nobody = torch.zeros(6, 5, dtype=torch.bool)
+    _, parts = loss_of(guided_toy, tokens, old, rewards, nobody, reference=other)
+    prompts = guided_toy.prompts(range(6))
+    policy, reference = (reference_levels(guided_toy, model, prompts, tokens) for model in (guided_toy.model, other))
+    for number, (ours, theirs) in enumerate(zip(policy, reference, strict=True), start=1):
+        rows = zip(ours.flatten(0, 1).tolist(), theirs.flatten(0, 1).tolist(), strict=True)
+        by_answer = [sum(np.exp(p) * (p - q) for p, q in zip(*row, strict=True) if p > -np.inf) for row in rows]
+        assert parts[f"kl_{number}"].item() == pytest.approx(np.mean(by_answer), abs=1e-6)
+    assert parts["kl_1"].item() > 0.01
+    assert parts["kl"].item() == pytest.approx(sum(parts[f"kl_{number}"].item() for number in (1, 2, 3)) / 3, rel=1e-5)
 
 
 def test_experts_take_no_part_in_the_kl(toy, group):
@@ -103,7 +150,7 @@ def train(toy, *, num_experts, steps=60, requests=(0, 1, 2, 3, 4, 5), learning_r
     """EG-GRPO in plain torch; returns p(clicked SID) per request before and after, and the mean reward of the samples in each step."""
     policy = Decoder(toy.model.config, seed=1)
     reference = Decoder(toy.model.config, seed=1).eval()
-    worker = RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=0, group_size=8, num_experts=num_experts, support="level"))
+    worker = RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=0, group_size=8, num_experts=num_experts, support=toy.support))
     index = SidIndex.build(np.arange(12, dtype=np.int32), 12, np.zeros(12))
     rewards_of = RewardModel(RewardConfig(), toy.feedback, index)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
@@ -112,7 +159,7 @@ def train(toy, *, num_experts, steps=60, requests=(0, 1, 2, 3, 4, 5), learning_r
 
     def probability():
         with torch.no_grad():
-            return group_log_probs(policy, prompts, clicked).sum(-1).exp()[:, 0]
+            return group_log_probs(policy, prompts, clicked, support=toy.support, trie=toy.trie).sum(-1).exp()[:, 0]
 
     before, rewards = probability(), []
     for step in range(steps):
@@ -125,16 +172,16 @@ def train(toy, *, num_experts, steps=60, requests=(0, 1, 2, 3, 4, 5), learning_r
             policy,
             prompts.token_ids,
             prompts.lengths,
-            None,
+            prompts.soft,
             tokens,
             torch.from_numpy(rollout.log_probs),
             torch.from_numpy(scored.values),
             torch.from_numpy(rollout.experts),
-            reference_levels(reference, prompts, tokens),
+            reference_levels(toy, reference, prompts, tokens),
             torch.tensor(1.0),
             objective=ObjectiveConfig(kl_weight=0.05),
-            support="level",
-            trie=None,
+            support=toy.support,
+            trie=toy.trie,
         )
         optimizer.zero_grad()
         loss.backward()
@@ -144,6 +191,12 @@ def train(toy, *, num_experts, steps=60, requests=(0, 1, 2, 3, 4, 5), learning_r
 
 def test_eg_grpo_raises_the_probability_and_the_reward_of_clicked_sids(toy):
     before, after, rewards = train(toy, num_experts=2)
+    assert (after > 3 * before).all()
+    assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
+
+
+def test_a_guided_policy_learns_what_the_encoder_has_wrong(guided_toy):
+    before, after, rewards = train(guided_toy, num_experts=2)
     assert (after > 3 * before).all()
     assert np.mean(rewards[-5:]) > 2 * np.mean(rewards[:5])
 

@@ -7,15 +7,21 @@ import pytest
 import torch
 
 from genrecall.generator.decoding import group_log_probs
-from genrecall.rl.rollout import Rollout, RolloutConfig, RolloutWorker, weights_of
+from genrecall.rl.rollout import Rollout, RolloutActor, RolloutConfig, RolloutWorker, weights_of
 
 
 def worker_of(toy, *, seed=5, group_size=6, num_experts=2, support="level") -> RolloutWorker:
     return RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=seed, group_size=group_size, num_experts=num_experts, support=support))
 
 
-@pytest.mark.parametrize("support", ["level", "trie"])
-def test_log_probs_are_the_policys_own_for_samples_and_experts(toy, support):
+@pytest.fixture(params=["level", "trie", "guided"])
+def world(request):
+    """A toy world and the support that it is sampled with."""
+    return (request.getfixturevalue("guided_toy"), "trie") if request.param == "guided" else (request.getfixturevalue("toy"), request.param)
+
+
+def test_log_probs_are_the_policys_own_for_samples_and_experts(world):
+    toy, support = world
     rollout = worker_of(toy, support=support).sample(toy.task(range(6)))
     assert rollout.experts.any()
     again = group_log_probs(
@@ -24,8 +30,8 @@ def test_log_probs_are_the_policys_own_for_samples_and_experts(toy, support):
     np.testing.assert_allclose(rollout.log_probs, again.detach().numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("support", ["level", "trie"])
-def test_sid_rows_are_those_of_the_tokens(toy, support):
+def test_sid_rows_are_those_of_the_tokens(world):
+    toy, support = world
     rollout = worker_of(toy, support=support).sample(toy.task(range(6)))
     assert np.array_equal(rollout.sid_rows, toy.trie.find(torch.from_numpy(rollout.tokens)).numpy())
     assert (rollout.sid_rows >= 0).all() == (support == "trie")
@@ -40,14 +46,15 @@ def test_experts_come_from_the_requests_own_feedback(toy):
     assert not rollout.experts[:, :4].any()
 
 
-def test_a_request_gets_the_same_group_in_any_company(toy):
-    worker = worker_of(toy)
+def test_a_request_gets_the_same_group_in_any_company(world):
+    toy, support = world
+    worker = worker_of(toy, support=support)
     together = worker.sample(toy.task([4, 1, 3]))
     alone = worker.sample(toy.task([1]))
     assert np.array_equal(together.tokens[1], alone.tokens[0])
     np.testing.assert_allclose(together.log_probs[1], alone.log_probs[0], atol=1e-6)
     assert not np.array_equal(worker.sample(toy.task([1], step=1)).tokens, alone.tokens)
-    assert not np.array_equal(worker_of(toy, seed=6).sample(toy.task([1])).tokens, alone.tokens)
+    assert not np.array_equal(worker_of(toy, seed=6, support=support).sample(toy.task([1])).tokens, alone.tokens)
 
 
 def test_experts_outside_the_trie_are_left_out_and_counted(toy):
@@ -74,6 +81,20 @@ def test_weights_travel_and_change_the_samples(toy):
     np.testing.assert_allclose(flat.log_probs, np.log(0.25), atol=1e-5)
     worker.load(2, weights)
     np.testing.assert_array_equal(worker.sample(toy.task(range(6))).log_probs, before.log_probs)
+
+
+def test_a_guided_actor_gets_items_from_the_index_and_level_weights_with_the_others(guided_toy, guided_spec):
+    actor, task = RolloutActor(guided_spec), guided_toy.task(range(6))
+    worker = worker_of(guided_toy, group_size=4, num_experts=1, support="trie")
+    weights = weights_of(guided_toy.model)
+    assert weights["guidance.level_weights"].tolist() == [1.0, 1.0, 1.0]
+    first = actor.sample(1, weights, task)
+    np.testing.assert_array_equal(first.log_probs, worker.sample(task).log_probs)
+    weights["guidance.level_weights"] = np.array([3.0, 0.5, 0.5], dtype=np.float32)
+    worker.load(2, weights)
+    second = actor.sample(2, weights, task)
+    np.testing.assert_array_equal(second.log_probs, worker.sample(task).log_probs)
+    assert not np.array_equal(first.log_probs, second.log_probs)
 
 
 def test_weights_of_another_model_are_refused(toy):

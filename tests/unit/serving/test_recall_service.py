@@ -29,7 +29,7 @@ def test_an_answer_lists_items_by_rank_with_the_sid_they_came_from(served):
     assert [item.rank for item in answer.items] == list(range(10))
     scores = {sid.sid: sid.score for sid in answer.sids}
     assert len(scores) == 5
-    assert all(item.score == scores[item.sid] for item in answer.items)
+    assert all(item.score < scores[item.sid] + 1e-6 for item in answer.items)  # an item's own probability is a share of its SID's
     assert [item.score for item in answer.items] == sorted((item.score for item in answer.items), reverse=True)
     table, index = served.bundle.retriever.table, served.bundle.retriever.index
     for sid in answer.sids:

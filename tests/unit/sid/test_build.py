@@ -56,6 +56,13 @@ def make_dataset(uri, *, with_prior=True, dated=True):
     return stage.open()
 
 
+def make_encoder(uri, dataset, *, count=NUM_ITEMS):
+    stage = Stage(kind="encoder", uri=str(uri), config=SidIndexConfig(), algorithm_version=1, parents={"dataset": dataset}, seed=0, job="train_encoder")
+    with stage.write() as draft:
+        np.save(draft.path / "item_embeddings.npy", np.random.default_rng(1).normal(size=(count, 6)).astype(np.float32))
+    return stage.open()
+
+
 def make_quantizer(uri, dataset, *, count=NUM_ITEMS, seed=0):
     generator = torch.Generator().manual_seed(seed)
     quantizer = FrozenQuantizer(None, [torch.randn(size, 4, generator=generator) for size in (3, 2, 2)], None, input_dim=4)
@@ -71,13 +78,18 @@ def make_quantizer(uri, dataset, *, count=NUM_ITEMS, seed=0):
     return stage.open(), codes, residuals.astype(np.float16)
 
 
+def make_inputs(folder, **columns):
+    dataset = make_dataset(folder / "dataset", **columns)
+    return dataset, make_encoder(folder / "encoder", dataset)
+
+
 CONFIG = SidIndexConfig(max_items_per_sid=4)
 
 
 def test_the_artifact_holds_a_consistent_whole(tmp_path):
-    dataset = make_dataset(tmp_path / "dataset")
+    dataset, encoder = make_inputs(tmp_path)
     quantizer, codes, residuals = make_quantizer(tmp_path / "quantizer", dataset)
-    artifact = build_sid_index(CONFIG, dataset=dataset, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
+    artifact = build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
     table, trie, index = load_sid_table(artifact.path), load_trie(artifact.path), load_index(artifact.path)
     assert trie.find(torch.from_numpy(table.tokens)).tolist() == list(range(len(table)))
     np.testing.assert_array_equal(index.item_sid, table.item_sid)
@@ -98,10 +110,22 @@ def test_the_artifact_holds_a_consistent_whole(tmp_path):
     assert stats["sids"] == len(table)
 
 
+def test_the_trie_holds_the_encoders_vectors_in_the_order_of_the_index(tmp_path):
+    dataset, encoder = make_inputs(tmp_path)
+    quantizer, _, _ = make_quantizer(tmp_path / "quantizer", dataset)
+    artifact = build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
+    trie, index = load_trie(artifact.path), load_index(artifact.path)
+    embeddings = np.load(encoder.file("item_embeddings.npy"))
+    np.testing.assert_array_equal(trie.item_vectors.numpy(), embeddings[index.item_rows].astype(np.float16))
+    np.testing.assert_array_equal(trie.item_offsets.numpy(), index.offsets)
+    assert trie.sid_of_item.tolist() == index.item_sid[index.item_rows].tolist()
+    assert artifact.manifest["parents"]["encoder"]["hash"] == encoder.hash
+
+
 def test_the_table_for_people_names_every_item(tmp_path):
-    dataset = make_dataset(tmp_path / "dataset", dated=False)
+    dataset, encoder = make_inputs(tmp_path, dated=False)
     quantizer, codes, _ = make_quantizer(tmp_path / "quantizer", dataset)
-    artifact = build_sid_index(CONFIG, dataset=dataset, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
+    artifact = build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
     rows = pq.read_table(artifact.file("sid_table.parquet")).to_pylist()
     table = load_sid_table(artifact.path)
     for number, row in enumerate(rows):
@@ -112,35 +136,43 @@ def test_the_table_for_people_names_every_item(tmp_path):
 
 
 def test_without_prior_scores_training_clicks_order_a_cluster(tmp_path):
-    dataset = make_dataset(tmp_path / "dataset", with_prior=False, dated=False)
+    dataset, encoder = make_inputs(tmp_path, with_prior=False, dated=False)
     quantizer, _, _ = make_quantizer(tmp_path / "quantizer", dataset)
-    index = load_index(build_sid_index(SidIndexConfig(), dataset=dataset, quantizer=quantizer, uri=str(tmp_path / "sid_index")).path)
+    index = load_index(build_sid_index(SidIndexConfig(), dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index")).path)
     assert index.prior.tolist() == [1.0 if row == 3 else 0.0 for row in range(NUM_ITEMS)]
     assert index.items(int(index.item_sid[3]))[0] == 3
 
 
 def test_a_second_build_is_skipped_and_a_new_cap_is_not(tmp_path):
-    dataset = make_dataset(tmp_path / "dataset")
+    dataset, encoder = make_inputs(tmp_path)
     quantizer, _, _ = make_quantizer(tmp_path / "quantizer", dataset)
-    arguments = {"dataset": dataset, "quantizer": quantizer, "uri": str(tmp_path / "sid_index")}
+    arguments = {"dataset": dataset, "encoder": encoder, "quantizer": quantizer, "uri": str(tmp_path / "sid_index")}
     first = build_sid_index(CONFIG, **arguments)
     assert build_sid_index(CONFIG, **arguments).manifest["created"] == first.manifest["created"]
     assert build_sid_index(SidIndexConfig(max_items_per_sid=3), **arguments).hash != first.hash
 
 
 def test_a_quantizer_of_another_catalogue_is_refused(tmp_path):
-    dataset = make_dataset(tmp_path / "dataset")
+    dataset, encoder = make_inputs(tmp_path)
     quantizer, _, _ = make_quantizer(tmp_path / "quantizer", dataset, count=10)
     with pytest.raises(ValueError, match=r"codes for 10 items, the catalogue of .* 60; rerun jobs/train_quantizer"):
-        build_sid_index(CONFIG, dataset=dataset, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
+        build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
+
+
+def test_an_encoder_of_another_catalogue_is_refused(tmp_path):
+    dataset = make_dataset(tmp_path / "dataset")
+    quantizer, _, _ = make_quantizer(tmp_path / "quantizer", dataset)
+    encoder = make_encoder(tmp_path / "encoder", dataset, count=NUM_ITEMS + 1)
+    with pytest.raises(ValueError, match=r"vectors of 61 items, the catalogue of .* 60; rerun jobs/train_encoder"):
+        build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
 
 
 def test_churn_between_versions(tmp_path):
-    dataset = make_dataset(tmp_path / "dataset")
+    dataset, encoder = make_inputs(tmp_path)
     folders = []
     for seed in (0, 1):
         quantizer, _, _ = make_quantizer(tmp_path / f"quantizer{seed}", dataset, seed=seed)
-        folders.append(build_sid_index(CONFIG, dataset=dataset, quantizer=quantizer, uri=str(tmp_path / f"sid_index{seed}")).path)
+        folders.append(build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / f"sid_index{seed}")).path)
     assert churn_between(folders[0], folders[0]) == 0.0
     assert 0.0 < churn_between(*folders) <= 1.0
 

@@ -1,0 +1,314 @@
+"""The command that rebuilds the quality tables: a grid of pipeline runs over data sets, seeds and experiments, then tables over the seeds.
+
+    python benchmarks/quality.py [--datasets marketplace amazon_scientific home_depot] [--seeds 0 1 2] [--jobs 2] [--collect-only]
+
+Experiments:
+- channels: the recipe as recommended, with CQ-SID alone and without reinforcement learning.
+- sids: the SIDs compared in the paper's setting: item features are content alone (an encoder that has seen no query), and the generator reads
+  the query as text alone. With features that clicks have aligned already, RQ-VAE has much of what CQ-SID's constraints bring.
+
+A cell is one (dataset, seed, experiment), a process of its own with its own home `GENRECALL_HOME/quality/DATASET/seedK/EXPERIMENT/` and
+its own MLflow store there; its log lies beside that folder. Run the command again after an interrupt or an error: finished cells, stages
+and checkpoints are not redone. All seeds share the data and the evaluated requests; encoder, quantiser, SIDs and generator are trained anew.
+Results go to `benchmarks/results/quality.json` and `quality.md`, where tables that were not rebuilt stay as they were. `--collect-only`
+reads the evaluations that are there without checking that they are current. The data set `tiny` is for trying the command only.
+"""
+
+from __future__ import annotations
+
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
+import argparse
+import functools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import quality_tables
+
+from genrecall.config import ConfigError, Places, apply_overrides, places
+from genrecall.pipeline import Pipeline, quiet_libraries
+from genrecall.recipes import RECIPES, RESIZED
+from genrecall.storage import read_manifest
+from genrecall.tracking import use_tracking
+
+DATASETS = ("marketplace", "amazon_scientific", "home_depot")
+SEEDS = (0, 1, 2)
+SID_VARIANTS = ("cqsid", "rqvae", "rqvae_resized", "cqsid_without_category", "cqsid_without_query", "rqkmeans")
+VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS}
+WITHOUT_CATEGORIES = ("home_depot",)
+"""There CQ-SID has the query constraint alone, so one ablation would be CQ-SID again and the other RQ-VAE: the SIDs are not compared."""
+PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
+SIZE_TOLERANCE = 0.05
+RESIZE_TRIES = 6
+GRACE_S = 60.0
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    dataset: str
+    seed: int
+    experiment: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.seed} {self.experiment}"
+
+    def home(self, root: Path) -> Path:
+        """The cell's own home below `GENRECALL_HOME`."""
+        return root / "quality" / self.dataset / f"seed{self.seed}" / self.experiment
+
+    def artifact(self, root: Path, name: str) -> Path:
+        """Where its pipeline writes an artifact."""
+        return self.home(root) / self.dataset / name
+
+    def log(self, root: Path) -> Path:
+        return self.home(root).with_suffix(".log")
+
+    def variants(self) -> tuple[str, ...]:
+        """The SIDs it compares: CQ-SID and RQ-VAE first, because `rqvae_resized` is sized after them."""
+        return VARIANTS[self.experiment]
+
+    def overrides(self) -> list[str]:
+        """What it changes in the recipe."""
+        found = [f"{part}.seed={self.seed}" for part in ("encoder", "quantizer", "sid", "generator")]
+        found += [f"variants={json.dumps(self.variants())}", "align=none", "evaluation.max_requests=3000"]
+        return found + (["resized_levels=[2,2,2]", *PAPER_SETTING] if self.experiment == "sids" else [])  # resized later, see `resize`
+
+    def reuses(self) -> list[tuple[Cell, str]]:
+        """(cell, artifact) that it takes over from cells before it: all cells of a data set share it."""
+        first = replace(self, seed=0, experiment="channels")
+        return [] if self == first else [(first, "dataset")]
+
+
+def grid(datasets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All cells, one seed of every data set before the next seed."""
+    cells = [Cell(dataset, seed, experiment) for seed in seeds for dataset in datasets for experiment in VARIANTS]
+    return [cell for cell in cells if cell.experiment == "channels" or cell.dataset not in WITHOUT_CATEGORIES]
+
+
+def take_over(cell: Cell, root: Path) -> None:
+    """Copy what earlier cells have made and this one has not; an artifact does not know its place, and one that does not match is made anew."""
+    for source, name in cell.reuses():
+        origin, target = source.artifact(root, name), cell.artifact(root, name)
+        if target.exists() or not (origin / "manifest.json").exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+        shutil.copytree(origin, partial)
+        partial.rename(target)
+
+
+def run_cell(cell: Cell, where: Places) -> None:
+    """Run a cell's stages one after the other and write the seconds of those that were made into `seconds.json`."""
+    root = Path(where.home)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    recipe = apply_overrides(RECIPES[cell.dataset](), cell.overrides())
+    home = cell.home(root)
+    home.mkdir(parents=True, exist_ok=True)
+    take_over(cell, root)
+    where = replace(where, home=str(home), tracking_uri=f"sqlite:///{home}/mlflow.db")
+    use_tracking(where)
+    pipeline = Pipeline(recipe, where)
+    stages: list[tuple[str, Callable[[], object]]] = [("dataset", pipeline.dataset), ("encoder", pipeline.encoder)]
+    for variant in recipe.variants:
+        if variant == RESIZED:
+            stages.append((f"{variant}/sid_index", functools.partial(resize, pipeline)))
+            stages.append((f"{variant}/generator", functools.partial(pipeline.generator, variant)))
+            continue
+        for name in ("quantizer", "sid_index", "generator"):
+            stages.append((f"{variant}/{name}", functools.partial(getattr(pipeline, name), variant)))
+    stages += [("ranker", pipeline.ranker), ("evaluation", pipeline.evaluation)]
+    file = home / "seconds.json"
+    seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    for name, stage in stages:
+        before, started = read_manifest(pipeline.uri(name)), time.monotonic()
+        stage()
+        if read_manifest(pipeline.uri(name)) != before:
+            seconds[name] = round(time.monotonic() - started, 1)
+            file.write_text(json.dumps(seconds, indent=1) + "\n")
+    for name, one in seconds.items():
+        print(f"{one:9.1f} s  {name}")
+
+
+def resize(pipeline: Pipeline) -> None:
+    """Fit `rqvae_resized`: RQ-VAE with its third book resized until its clusters are on average as large as CQ-SID's, within 5 % or as near as it gets."""
+
+    def mean_size(variant: str) -> float:
+        counts = pipeline.existing(f"{variant}/sid_index").manifest["row_counts"]
+        return float(counts["items"]) / counts["sids"]
+
+    wanted, levels = mean_size("cqsid"), pipeline.recipe.quantizer.level_sizes
+    tried = {levels: mean_size("rqvae")}
+    while abs(tried[levels] / wanted - 1) > SIZE_TOLERANCE and len(tried) < RESIZE_TRIES:
+        grown = max(2, round(levels[2] * (tried[levels] / wanted) ** 1.5))
+        levels = (levels[0], levels[1], grown if grown != levels[2] else levels[2] + (1 if tried[levels] > wanted else -1))
+        if levels in tried or levels[2] < 2:
+            break
+        _fit_resized(pipeline, levels)
+        tried[levels] = mean_size(RESIZED)
+    best = min(tried, key=lambda one: abs(tried[one] / wanted - 1))
+    _fit_resized(pipeline, best)
+    print(f"{RESIZED}: books {best}, {mean_size(RESIZED):.2f} items a SID, CQ-SID {wanted:.2f}; tried {tried}", flush=True)
+
+
+def _fit_resized(pipeline: Pipeline, levels: tuple[int, int, int]) -> None:
+    pipeline.recipe = replace(pipeline.recipe, resized_levels=levels)
+    pipeline.quantizer(RESIZED)
+    pipeline.sid_index(RESIZED)
+
+
+def cell_command(cell: Cell) -> list[str]:
+    """How a cell's process is started."""
+    return [sys.executable, str(Path(__file__).resolve()), "--cell", cell.dataset, str(cell.seed), cell.experiment]
+
+
+def run_grid(
+    cells: Sequence[Cell], root: Path, *, jobs: int, command: Callable[[Cell], Sequence[str]] = cell_command, poll_s: float = 1.0, grace_s: float = GRACE_S
+) -> None:
+    """Run the cells, `jobs` at a time, each after the cells whose artifacts it takes over.
+
+    After a failure no cell is started any more; those that run go on to their end. An interrupt ends them.
+
+    Args:
+        command: the cell's command line.
+        grace_s: how long an interrupted cell may take to end by itself.
+
+    Raises:
+        SystemExit: a cell failed; says which log to read.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # side by side more threads than cores cost several times the work
+    waiting, failed = list(cells), list[Cell]()
+    running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = {}
+
+    def is_ready(cell: Cell) -> bool:
+        return all(source not in running and source not in waiting for source, _ in cell.reuses())
+
+    try:
+        while running or (waiting and not failed):
+            while not failed and len(running) < jobs and (cell := next(filter(is_ready, waiting), None)) is not None:
+                waiting.remove(cell)
+                cell.log(root).parent.mkdir(parents=True, exist_ok=True)
+                with cell.log(root).open("ab") as log:
+                    process = subprocess.Popen(command(cell), stdout=log, stderr=subprocess.STDOUT, env={**threads, **os.environ}, start_new_session=True)
+                running[cell] = process, time.monotonic()
+                print(f"start  {cell}, log {cell.log(root)}", flush=True)
+            for cell, (process, started) in list(running.items()):
+                if process.poll() is not None:
+                    del running[cell]
+                    failed += [cell] if process.returncode else []
+                    outcome = f"failed with status {process.returncode}" if process.returncode else "done"
+                    print(f"{outcome}  {cell}, {(time.monotonic() - started) / 60:.1f} min", flush=True)
+            time.sleep(poll_s if running else 0.0)
+    except BaseException:
+        end([process for process, _ in running.values()], grace_s)
+        raise
+    if failed:
+        logs = ", ".join(str(cell.log(root)) for cell in failed)
+        raise SystemExit(f"failed: {', '.join(map(str, failed))}; {len(waiting)} cells not started. Read {logs}, then run the same command again")
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
+    """Interrupt processes, each the head of a session of its own, and kill what is left of it after the grace."""
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: Path) -> None:
+    """Write and print the tables of every (dataset, experiment) whose seeds are all there.
+
+    Raises:
+        CollectionError: seeds that do not belong together.
+        SystemExit: there is nothing to collect.
+    """
+    now, fresh, rebuilt = commit(), list[quality_tables.Record](), list[tuple[str, str]]()
+    for dataset in datasets:
+        command = f"python benchmarks/quality.py --datasets {dataset}" + ("" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}")
+        for experiment in dict.fromkeys(cell.experiment for cell in grid([dataset], seeds)):
+            folders = {str(cell): cell.artifact(root, "evaluation") for cell in (Cell(dataset, seed, experiment) for seed in seeds)}
+            missing = [name for name, folder in folders.items() if not (folder / "metrics.json").exists()]
+            if missing:
+                print(f"left out: {dataset} {experiment}, not finished: {', '.join(missing)}", file=sys.stderr)
+                continue
+            seen = quality_tables.read_evaluations(folders)
+            fresh += quality_tables.Collector(dataset, seen, command, now).records(experiment)
+            rebuilt.append((dataset, experiment))
+    if not rebuilt:
+        raise SystemExit(f"nothing to collect under {root / 'quality'}; run without --collect-only first")
+    file = output / "quality.json"
+    old = json.loads(file.read_text()) if file.exists() else []
+    records = quality_tables.merged(fresh, old, rebuilt)
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(quality_tables.to_json(records))
+    text = quality_tables.markdown(records)
+    (output / "quality.md").write_text(text)
+    print(text)
+
+
+def commit() -> str:
+    """The repository's commit, with `+changes` where files beyond results and documents differ from it; "unknown" outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
+    return "unknown" if head is None else head + ("+changes" if changes else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=(*DATASETS, "tiny"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time (default: 2)")
+    parser.add_argument("--collect-only", action="store_true", help="make the tables from the evaluations that are there")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the tables (default: benchmarks/results)")
+    parser.add_argument("--cell", nargs=3, metavar=("DATASET", "SEED", "EXPERIMENT"), help="run one cell in this process")
+    options = parser.parse_args(argv)
+    if options.jobs < 1 or min(options.seeds) < 0:
+        parser.error(f"--jobs must be at least 1 and --seeds not negative, got {options.jobs} and {options.seeds}")
+    try:
+        where = places()
+        if "://" in where.home:
+            raise ConfigError([f"GENRECALL_HOME: the grid copies artifacts between its cells and needs a local folder, got {where.home!r}"])
+        if options.cell:
+            dataset, seed, experiment = options.cell
+            if dataset not in (*DATASETS, "tiny") or not seed.isdigit() or experiment not in VARIANTS:
+                parser.error(f"--cell: expected a data set, a seed and one of {', '.join(VARIANTS)}, got {' '.join(options.cell)}")
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a grid in the background leaves it ignored, and ends its cells by it
+            run_cell(Cell(dataset, int(seed), experiment), where)
+            return
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid leaves no cell behind
+        datasets, seeds = list(dict.fromkeys(options.datasets)), sorted(set(options.seeds))
+        if not options.collect_only:
+            run_grid(grid(datasets, seeds), Path(where.home), jobs=options.jobs)
+        collect(datasets, seeds, Path(where.home), options.output)
+    except (ConfigError, quality_tables.CollectionError) as error:
+        parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; run the same command again to go on\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The quality tables: the evaluations of several seeds in, records and Markdown out.
+
+A record is {table, dataset, row, metric, value, low, high, seeds, command, commit}: one number with its 95 % interval over requests and
+seeds together (null where it has none), how many seeds stand behind it, the command that rebuilds it and the commit it was built at.
+`METRIC_gain_vs_ROW` is the paired relative difference to another row, `METRIC_misses_gone_vs_ROW` the share of that row's misses that
+are gone, `METRIC[SLICE]` the metric over a slice of the requests; the row `all` says how many headline requests were measured.
+
+Shapes: T seeds, R headline requests, M metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genrecall.evaluation.bootstrap import Bootstrap, Interval
+from genrecall.evaluation.results_table import row_name, show, show_gain
+
+Record = dict[str, Any]
+Columns = dict[str, np.ndarray]
+
+TABLES_OF = {"channels": ("channels", "channels_by_slice", "semantic_guided", "personalised_guided"), "sids": ("semantic", "personalised")}
+"""The tables that each experiment fills."""
+TITLES = {
+    "channels": "Recall channels, the generative one as recommended",
+    "channels_by_slice": "What the generative channel adds, by slice (mean over seeds)",
+    "semantic_guided": "CQ-SID with the recommended generator, query alone",
+    "personalised_guided": "CQ-SID with the recommended generator, query and shopper",
+    "semantic": "SIDs compared under the paper's generator, query alone",
+    "personalised": "SIDs compared under the paper's generator, query and shopper",
+}
+DATASET_NAMES = {"marketplace": "Marketplace", "amazon_scientific": "Amazon Scientific", "home_depot": "Home Depot"}
+
+SID_ROWS = ("rqvae", "rqvae_resized", "rqkmeans", "cqsid_without_category", "cqsid_without_query", "cqsid")
+SID_METRICS = ("clk@1", "clk@10", "clk@100", "hit@items10", "hit@items100")
+SID_MISSES = ("clk@100", "hit@items100")
+SIZE = "items_per_sid"
+CUT_ROWS = ("rqvae", "rqvae_resized", "cqsid")
+CUT = "cut1000@beam"
+CHANNEL_ROWS = ("bm25", "dense", "popularity", "generative", "rrf_bm25_dense", "rrf_all")
+RECALLS = ("recall@10", "recall@100")
+ADDED = ("marginal@100", "missed_found@100")
+CHANNEL_PAIRS = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "bm25"))
+OURS = "generative"
+MAIN = "cqsid"
+_VERSUS = re.compile(r"(?P<metric>.+)_(?P<kind>gain|misses_gone)_vs_(?P<base>.+)")
+_SLICE = re.compile(r"(?P<metric>[^\[]+)\[(?P<slice>.+)\]")
+
+
+class CollectionError(ValueError):
+    """Evaluations that do not belong together; the message says which cell to rerun."""
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """One experiment's evaluations, one a seed, all over the same headline requests.
+
+    Attributes:
+        columns: (table, row) -> metric -> float64 [T, R].
+        metrics: `metrics.json` of each seed.
+        requests: R.
+    """
+
+    columns: Mapping[tuple[str, str], Columns]
+    metrics: Sequence[Mapping[str, Any]]
+    requests: int
+
+
+def read_evaluations(folders: Mapping[str, Path]) -> Evaluations:
+    """Read the evaluations of one experiment.
+
+    Args:
+        folders: a cell's name as `DATASET SEED EXPERIMENT` -> its `evaluation` folder.
+
+    Raises:
+        CollectionError: a cell that measured other requests, or other rows or metrics, than the rest.
+    """
+    asked = {}
+    for cell, folder in folders.items():
+        with np.load(folder / "per_request" / "requests.npz", allow_pickle=False) as file:
+            asked[cell] = (tuple(file["request_id"].tolist()), tuple(file["primary"].tolist()))
+    _require_equal(asked, folders, "measured other requests than")
+    primary = np.array(next(iter(asked.values()))[1], dtype=bool)
+    by_cell = {cell: _columns_of(folder / "per_request", primary) for cell, folder in folders.items()}
+    _require_equal({cell: tuple(sorted((key, *sorted(one)) for key, one in found.items())) for cell, found in by_cell.items()}, folders, "has other rows than")
+    found = list(by_cell.values())
+    columns = {key: {metric: np.stack([one[key][metric] for one in found]) for metric in first} for key, first in found[0].items()}
+    return Evaluations(columns, [json.loads((folder / "metrics.json").read_text()) for folder in folders.values()], int(primary.sum()))
+
+
+def _columns_of(folder: Path, primary: np.ndarray) -> dict[tuple[str, str], Columns]:
+    """(table, row) -> metric -> float64 [R] of one evaluation; files without a row in their name hold something else."""
+    found = {}
+    for path in sorted(folder.glob("*.*.npz")):
+        table, _, row = path.stem.partition(".")
+        with np.load(path, allow_pickle=False) as file:
+            found[table, row] = {metric: file[metric][primary].astype(np.float64) for metric in file.files}
+    return found
+
+
+def _require_equal(signatures: Mapping[str, Any], folders: Mapping[str, Path], what: str) -> None:
+    """Name the cells that differ from most of the others (from the first, where no two agree)."""
+    usual = Counter(signatures.values()).most_common(1)[0][0]
+    rest = ", ".join(f"`{cell}`" for cell, one in signatures.items() if one == usual)
+    odd = [cell for cell, one in signatures.items() if one != usual]
+    if odd:
+        fix = "; ".join(f"delete {folders[cell]} and run `python benchmarks/quality.py --cell {cell}` again" for cell in odd)
+        raise CollectionError(f"{', '.join(f'`{cell}`' for cell in odd)} {what} {rest}: {fix}")
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Makes the records of one dataset from one experiment's evaluations.
+
+    Attributes:
+        samples: of the bootstrap; every table shares the resamples, so any two numbers are paired.
+    """
+
+    dataset: str
+    seen: Evaluations
+    command: str
+    commit: str
+    samples: int = 1000
+
+    def records(self, experiment: str) -> list[Record]:
+        """All records of the experiment's tables."""
+        if experiment == "channels":
+            found = self._channels() + self._slices() + self._sids("semantic", "semantic_guided", (MAIN,))
+            return found + ([] if self._personalised_is_a_copy() else self._sids("personalised", "personalised_guided", (MAIN,)))
+        return self._sids("semantic", "semantic", SID_ROWS) + ([] if self._personalised_is_a_copy() else self._sids("personalised", "personalised", SID_ROWS))
+
+    def _channels(self) -> list[Record]:
+        wanted = [(row, metric) for row in CHANNEL_ROWS for metric in (*RECALLS, *(ADDED if row == OURS else ()))]
+        return self._means("channels", "channels", wanted) + self._gains("channels", "channels", CHANNEL_PAIRS, RECALLS)
+
+    def _slices(self) -> list[Record]:
+        """Means over seeds of what the evaluations say of each slice."""
+        by_name: dict[str, list[float | None]] = {}
+        for metrics in self.seen.metrics:
+            for one in metrics["records"]:
+                if one["table"] == "channels" and one["row"] == OURS and one["slice"] and one["metric"] in ADDED:
+                    by_name.setdefault(f"{one['metric']}[{one['slice']}]", []).append(one["value"])
+        return [self._record("channels_by_slice", OURS, name, _mean(values)) for name, values in by_name.items()]
+
+    def _sids(self, source: str, table: str, rows: Sequence[str]) -> list[Record]:
+        present = [row for row in rows if (source, row) in self.seen.columns]
+        wanted = [(row, metric) for row in present for metric in SID_METRICS]
+        wanted += [(row, metric) for row in present if row in CUT_ROWS for metric in self.seen.columns[source, row] if metric.startswith(CUT)]
+        sizes = {
+            row: [
+                one["value"] for metrics in self.seen.metrics for one in metrics["records"] if (one["table"], one["row"], one["metric"]) == (source, row, SIZE)
+            ]
+            for row in present
+        }
+        pairs = [(row, "rqvae") for row in present if row != "rqvae"] + [(MAIN, row) for row in present if row not in (MAIN, "rqvae")]
+        records = self._means(source, table, wanted) + self._gains(source, table, pairs, SID_METRICS, SID_MISSES)
+        return records + [self._record(table, row, SIZE, _mean(values)) for row, values in sizes.items() if values]
+
+    def _personalised_is_a_copy(self) -> bool:
+        """Whether stage 3 is stage 2 (no shopper is known), so that its table would say everything twice."""
+        columns = self.seen.columns
+        rows = [row for table, row in columns if table == "personalised" and ("semantic", row) in columns]
+        return all(
+            np.array_equal(column, columns["semantic", row][metric], equal_nan=True) for row in rows for metric, column in columns["personalised", row].items()
+        )
+
+    def _means(self, source: str, table: str, wanted: Iterable[tuple[str, str]]) -> list[Record]:
+        """Means of (row, metric), those that were not measured left out."""
+        columns = self.seen.columns
+        names = [(row, metric) for row, metric in wanted if metric in columns.get((source, row), {})]
+        if not names:
+            return []
+        intervals = self._bootstrap().intervals(np.stack([columns[source, row][metric] for row, metric in names], axis=2))
+        records = [self._record(table, row, metric, one.value, one.low, one.high) for (row, metric), one in zip(names, intervals, strict=True)]
+        return [*records, self._record(table, "all", "requests", self.seen.requests)]
+
+    def _gains(self, source: str, table: str, pairs: Iterable[tuple[str, str]], metrics: Sequence[str], misses: Sequence[str] = ()) -> list[Record]:
+        """Paired gains of (row, base), and the shares of the base's misses that are gone; nothing where either row is missing."""
+        columns = self.seen.columns
+        names: list[tuple[str, str]] = []
+        ours: list[np.ndarray] = []
+        theirs: list[np.ndarray] = []
+        for row, base in pairs:
+            first, second = columns.get((source, row), {}), columns.get((source, base), {})
+            for metric in [one for one in metrics if one in first and one in second]:
+                names.append((row, f"{metric}_gain_vs_{base}"))
+                ours, theirs = [*ours, first[metric]], [*theirs, second[metric]]
+            for metric in [one for one in misses if one in first and one in second]:
+                names.append((row, f"{metric}_misses_gone_vs_{base}"))
+                ours, theirs = [*ours, 1.0 - first[metric]], [*theirs, 1.0 - second[metric]]
+        if not names:
+            return []
+        intervals = self._bootstrap().gains(np.stack(ours, axis=2), np.stack(theirs, axis=2))
+        return [self._record(table, row, metric, *_bounds(metric, one)) for (row, metric), one in zip(names, intervals, strict=True)]
+
+    def _bootstrap(self) -> Bootstrap:
+        return Bootstrap(self.seen.requests, samples=self.samples)
+
+    def _record(self, table: str, row: str, metric: str, value: float | None, low: float | None = None, high: float | None = None) -> Record:
+        bounds = {name: None if one is None else round(one, 6) for name, one in (("value", value), ("low", low), ("high", high))}
+        names = {"table": table, "dataset": self.dataset, "row": row, "metric": metric}
+        return {**names, **bounds, "seeds": len(self.seen.metrics), "command": self.command, "commit": self.commit}
+
+
+def _bounds(metric: str, one: Interval) -> tuple[float | None, float | None, float | None]:
+    """(value, low, high); the relative change of misses turned round, so that fewer is positive."""
+    if "_misses_gone_vs_" not in metric:
+        return one.value, one.low, one.high
+    flipped = [None if bound is None else 0.0 - bound for bound in (one.value, one.high, one.low)]
+    return flipped[0], flipped[1], flipped[2]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def merged(fresh: Sequence[Record], old: Sequence[Record], rebuilt: Iterable[tuple[str, str]]) -> list[Record]:
+    """All records in a fixed order: the fresh ones, and the old ones of every (dataset, experiment) that was not rebuilt."""
+    gone = {(dataset, table) for dataset, experiment in rebuilt for table in TABLES_OF[experiment]}
+    kept = [record for record in old if (record["dataset"], record["table"]) not in gone]
+    return sorted([*fresh, *kept], key=lambda record: tuple(record[name] for name in ("dataset", "table", "row", "metric")))
+
+
+def to_json(records: Sequence[Record]) -> str:
+    """A JSON list with one record a line, so that a change of one number is a change of one line."""
+    return "[\n" + ",\n".join(" " + json.dumps(record, allow_nan=False) for record in records) + "\n]\n"
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Every dataset's tables: values with intervals, gains beneath, and where they come from."""
+    datasets = sorted({record["dataset"] for record in records}, key=lambda name: ([*DATASET_NAMES, name].index(name), name))
+    parts = []
+    for dataset in datasets:
+        parts.append(f"## {DATASET_NAMES.get(dataset, dataset)}")
+        for table, title in TITLES.items():
+            found = {(record["row"], record["metric"]): record for record in records if (record["dataset"], record["table"]) == (dataset, table)}
+            if found:
+                parts += [f"### {title}", _source(found), *_blocks(table, found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _source(found: Mapping[tuple[str, str], Record]) -> str:
+    one = next(iter(found.values()))
+    measured = found.get(("all", "requests"))
+    about = "" if measured is None else f", {measured['value']:,} requests, 95 % intervals over both"
+    return f"{one['seeds']} seed{'s' if one['seeds'] > 1 else ''}{about}: `{one['command']}` at {one['commit']}."
+
+
+def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
+    if table == "channels_by_slice":
+        split = {metric: match.groupdict() for _, metric in found if (match := _SLICE.fullmatch(metric))}
+        slices = list(dict.fromkeys(one["slice"] for one in split.values()))
+        rows = [[name, *(show(found.get((OURS, f"{metric}[{name}]"))) for metric in ADDED)] for name in slices]
+        return [_table(["slice", *ADDED], rows)]
+    order, metrics = (CHANNEL_ROWS, [*RECALLS, *ADDED]) if table == "channels" else (SID_ROWS, list(SID_METRICS))
+    rows_there = [row for row in order if any((row, metric) in found for metric in metrics)]
+    is_sid = table != "channels"
+    blocks = [
+        _table(
+            ["", *(["items/SID"] if is_sid else []), *metrics],
+            [[_name(row), *([_size(found.get((row, SIZE)))] if is_sid else []), *_cells(found, row, metrics)] for row in rows_there],
+        )
+    ]
+    cuts = sorted({metric for _, metric in found if metric.startswith(CUT)}, key=lambda metric: int(metric.removeprefix(CUT)))
+    if cuts:
+        cut_rows = [[_name(row), *_cells(found, row, cuts)] for row in rows_there if row in CUT_ROWS]
+        blocks += ["Cut to the 1,000 items of highest prior:", _table(["", *(f"beam {metric.removeprefix(CUT)}" for metric in cuts)], cut_rows)]
+    gains = _gain_rows(found, rows_there)
+    if gains:
+        names = list(dict.fromkeys(name for _, by_name in gains for name in by_name))
+        blocks += ["Paired gains:", _table(["", *names], [[pair, *(show_gain(by_name.get(name)) for name in names)] for pair, by_name in gains])]
+    return blocks
+
+
+def _gain_rows(found: Mapping[tuple[str, str], Record], rows: Sequence[str]) -> list[tuple[str, dict[str, Record]]]:
+    """(`A over B`, column -> record), in the order of the rows."""
+    by_pair: dict[tuple[str, str], dict[str, Record]] = {}
+    for (row, name), record in found.items():
+        if match := _VERSUS.fullmatch(name):
+            column = match["metric"] if match["kind"] == "gain" else f"{match['metric']}, misses gone"
+            by_pair.setdefault((row, match["base"]), {})[column] = record
+    wanted = [(row, base) for base in rows for row in rows if (row, base) in by_pair]
+    columns = [*RECALLS, *SID_METRICS, *(f"{metric}, misses gone" for metric in SID_MISSES)]
+    return [(f"{_name(row)} over {_name(base)}", {name: by_pair[row, base][name] for name in columns if name in by_pair[row, base]}) for row, base in wanted]
+
+
+def _cells(found: Mapping[tuple[str, str], Record], row: str, metrics: Sequence[str]) -> list[str]:
+    return [show(found[row, metric], interval=True) if (row, metric) in found else "" for metric in metrics]
+
+
+def _size(record: Record | None) -> str:
+    return "" if record is None or record["value"] is None else f"{record['value']:.2f}"
+
+
+def _name(row: str) -> str:
+    return "RQ-VAE, books resized" if row == "rqvae_resized" else row_name(row)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
