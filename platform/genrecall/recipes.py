@@ -119,13 +119,11 @@ def home_depot() -> Recipe:
         name="home_depot",
         data=PrepareDataConfig(source="home_depot"),
         encoder=EncoderConfig(objective="contrastive", category_fraction=0.0, dim=256, steps=1200),
-        quantizer=QuantizerConfig(level_sizes=(256, 32, 32), use_category=False, steps=2000),
+        quantizer=QuantizerConfig(level_sizes=(256, 32, 32), use_category=False, steps=1000),
         generator=GeneratorConfig(
             vocab_size=8192,
-            hidden_size=192,
-            intermediate_size=512,
-            stage1=StageConfig(steps=1000, batch_size=128, learning_rate=2e-3),
-            stage2=StageConfig(steps=1200, batch_size=128, learning_rate=1.5e-3),
+            stage1=StageConfig(steps=200, batch_size=64, learning_rate=2e-3),
+            stage2=StageConfig(steps=800, batch_size=64, learning_rate=2e-3),
         ),
     )
 

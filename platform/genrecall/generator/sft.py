@@ -32,12 +32,14 @@ from genrecall.data.catalog import Catalog, load_catalog
 from genrecall.data.interactions import Requests, known_at_split, load_requests
 from genrecall.device import default_device
 from genrecall.encoders.text_encoder import load_encoder
+from genrecall.generator.calibration import choose_decoder_weight, weighted_decoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import Batches
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.retriever import Retriever
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
-from genrecall.sid.index import load_sid_table, load_trie
+from genrecall.sid.index import load_index, load_sid_table, load_trie
 from genrecall.sid.semantic_id import SidTable
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage, open_artifact
@@ -107,7 +109,7 @@ class GeneratorConfig:
     query_frequency_power: float = 0.75
     weight_decay: float = 0.05
     gradient_clipping: float = 1.0
-    stage1: StageConfig = StageConfig(steps=500, batch_size=64, learning_rate=2e-3)
+    stage1: StageConfig = StageConfig(steps=300, batch_size=64, learning_rate=2e-3)
     stage2: StageConfig = StageConfig(steps=600, batch_size=64, learning_rate=2e-3)
     stage3: StageConfig = StageConfig(steps=200, batch_size=64, learning_rate=5e-4, warmup_steps=20)
     validation_requests: int = 400
@@ -267,6 +269,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
     validation = (
         Validation.build(builder, load_requests(dataset, "validation", catalog), config.validation_requests, table, encoder) if worker.rank == 0 else None
     )
+    retriever = Retriever(model, builder, trie, load_index(sid_index.path), table, encoder, support=config.support)
     state = worker.resume()
     step, record = int(state.get("step", 0)), list(state.get("stages", []))
     begin = 0
@@ -291,26 +294,39 @@ def _loop(loop_config: dict[str, Any]) -> None:
                 if worker.checkpoint_due(at) and at + 1 < end:
                     worker.save({"step": at + 1, "stages": record})
             step = end
-            measured = {} if validation is None else validation.measure(model, builder, trie, personalised=name == "stage3", support=config.support)
-            record.append(
-                {"stage": name, "steps": stage.steps, "examples": len(examples), "seconds": round(time.monotonic() - started, 1), "validation": measured}
-            )
+            entry: dict[str, Any] = {"stage": name, "steps": stage.steps, "examples": len(examples), "seconds": round(time.monotonic() - started, 1)}
+            entry |= {} if validation is None else _validate(model, retriever, validation, personalised=name == "stage3")
+            measured = entry.get("validation", {})
+            record.append(entry)
             worker.log(end - 1, {f"{name}/validation_{metric}": value for metric, value in measured.items()})
             if end < worker.total_steps:
                 if worker.rank == 0:
-                    _upload_stage(model, f"{loop_config['stages_uri']}/{name}")
+                    with weighted_decoder(model, entry.get("decoder_weight", 1.0)):
+                        _upload_stage(model, f"{loop_config['stages_uri']}/{name}")
                 worker.save({"step": end, "stages": record})
         begin = end
 
     def export(folder: Path) -> None:
         for name, _, _ in runs[:-1]:
             _download_stage(f"{loop_config['stages_uri']}/{name}", folder / name)
-        model.save_pretrained(folder / runs[-1][0])
+        with weighted_decoder(model, record[-1].get("decoder_weight", 1.0)):
+            model.save_pretrained(folder / runs[-1][0])
         builder.save(folder)
         (folder / "training.json").write_text(json.dumps({"support": config.support, "stages": record}, indent=2))
 
-    final = record[-1]["validation"] if record else {}
+    final = record[-1].get("validation", {}) if record else {}
     worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()})
+
+
+def _validate(model: Decoder, retriever: Retriever, validation: Validation, *, personalised: bool) -> dict[str, Any]:
+    """What validation requests say of a finished stage: the weight of a guided decoder, and the metrics under it."""
+    found: dict[str, Any] = {}
+    if model.guidance is not None:
+        weight, recalls = choose_decoder_weight(retriever, validation.requests, personalised=personalised)
+        found = {"decoder_weight": weight, "validation_recall_by_weight": recalls}
+    with weighted_decoder(model, found.get("decoder_weight", 1.0)):
+        measured = validation.measure(model, retriever.prompt_builder, retriever.trie, personalised=personalised, support=retriever.support)
+    return {**found, "validation": measured}
 
 
 def train_generator(
@@ -357,7 +373,7 @@ def train_generator(
             logger.warning("train_generator: %s; the stage3 and max_history settings have no effect", reason)
             shutil.copytree(draft.path / "stage2", draft.path / "stage3")
             training["stages"].append(
-                {"stage": "stage3", "steps": 0, "copy_of": "stage2", "reason": reason, "validation": training["stages"][-1]["validation"]}
+                {"stage": "stage3", "steps": 0, "copy_of": "stage2", "reason": reason, "validation": training["stages"][-1].get("validation", {})}
             )
             (draft.path / "training.json").write_text(json.dumps(training, indent=2))
         draft.row_counts.update({f"{entry['stage']}_examples": int(entry.get("examples", 0)) for entry in training["stages"]})

@@ -220,6 +220,7 @@ def _single_target(bank: PromptBank, vector_rows: np.ndarray, sids: np.ndarray) 
 class Validation:
     """Validation requests as prompts, with and without the shopper, and the SIDs clicked for each."""
 
+    requests: Requests
     query_bank: PromptBank
     request_bank: PromptBank
     vectors: np.ndarray
@@ -238,7 +239,7 @@ class Validation:
         offsets, sids, _ = aggregate_targets(np.searchsorted(kept, pair_request[chosen]), table.item_sid[pair_item[chosen]], pair_weight[chosen], len(kept))
         queries = [requests.queries[row] for row in kept]
         vectors = encoder.encode_queries(queries)
-        return cls(builder.query_bank(queries), request_bank(builder, requests.take(kept), table, vectors), vectors, offsets, sids)
+        return cls(requests.take(kept), builder.query_bank(queries), request_bank(builder, requests.take(kept), table, vectors), vectors, offsets, sids)
 
     @torch.no_grad()
     def measure(self, model: Decoder, builder: PromptBuilder, trie: Trie, *, personalised: bool, support: Support) -> dict[str, float]:
