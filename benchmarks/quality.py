@@ -48,6 +48,8 @@ VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS}
 WITHOUT_CATEGORIES = ("home_depot",)
 """There CQ-SID has the query constraint alone, so one ablation would be CQ-SID again and the other RQ-VAE: the SIDs are not compared."""
 PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
+SHORTER = ("generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150")
+"""The stages of generators that are only compared with each other."""
 SIZE_TOLERANCE = 0.05
 RESIZE_TRIES = 6
 GRACE_S = 60.0
@@ -83,8 +85,8 @@ class Cell:
     def overrides(self) -> list[str]:
         """What it changes in the recipe."""
         found = [f"{part}.seed={self.seed}" for part in ("encoder", "quantizer", "sid", "generator")]
-        found += [f"variants={json.dumps(self.variants())}", "align=none", "evaluation.max_requests=3000"]
-        return found + (["resized_levels=[2,2,2]", *PAPER_SETTING] if self.experiment == "sids" else [])  # resized later, see `resize`
+        found += [f"variants={json.dumps(self.variants())}", "align=none", "evaluation.max_requests=1500"]
+        return found + (["resized_levels=[2,2,2]", *PAPER_SETTING, *SHORTER] if self.experiment == "sids" else [])  # resized later, see `resize`
 
     def reuses(self) -> list[tuple[Cell, str]]:
         """(cell, artifact) that it takes over from cells before it: all cells of a data set share it."""
@@ -144,7 +146,7 @@ def run_cell(cell: Cell, where: Places) -> None:
 
 
 def resize(pipeline: Pipeline) -> None:
-    """Fit `rqvae_resized`: RQ-VAE with its third book resized until its clusters are on average as large as CQ-SID's, within 5 % or as near as it gets."""
+    """Fit `rqvae_resized`: RQ-VAE with its later books resized until its clusters are on average as large as CQ-SID's, within 5 % or as near as it gets."""
 
     def mean_size(variant: str) -> float:
         counts = pipeline.existing(f"{variant}/sid_index").manifest["row_counts"]
@@ -153,9 +155,12 @@ def resize(pipeline: Pipeline) -> None:
     wanted, levels = mean_size("cqsid"), pipeline.recipe.quantizer.level_sizes
     tried = {levels: mean_size("rqvae")}
     while abs(tried[levels] / wanted - 1) > SIZE_TOLERANCE and len(tried) < RESIZE_TRIES:
-        grown = max(2, round(levels[2] * (tried[levels] / wanted) ** 1.5))
-        levels = (levels[0], levels[1], grown if grown != levels[2] else levels[2] + (1 if tried[levels] > wanted else -1))
-        if levels in tried or levels[2] < 2:
+        ratio = tried[levels] / wanted
+        second, third = (max(2, round(size * ratio**0.75)) for size in levels[1:])
+        if (second, third) == levels[1:]:
+            third += 1 if ratio > 1 else -1
+        levels = (levels[0], second, max(2, third))
+        if levels in tried:
             break
         _fit_resized(pipeline, levels)
         tried[levels] = mean_size(RESIZED)
