@@ -146,25 +146,39 @@ def run_cell(cell: Cell, where: Places) -> None:
 
 
 def resize(pipeline: Pipeline) -> None:
-    """Fit `rqvae_resized`: RQ-VAE with its later books resized until its clusters are on average as large as CQ-SID's, within 5 % or as near as it gets."""
+    """Fit `rqvae_resized`: RQ-VAE with its later books resized until its clusters are on average as large as CQ-SID's, within 5 % or as near as it gets.
+
+    A try that comes no nearer is the last. `rqvae_resized/tried.json` remembers them all, so that running the cell again fits none again.
+    """
 
     def mean_size(variant: str) -> float:
         counts = pipeline.existing(f"{variant}/sid_index").manifest["row_counts"]
-        return float(counts["items"]) / counts["sids"]
+        return float(counts["items"] / counts["sids"])
 
+    def error(levels: tuple[int, int, int]) -> float:
+        return max(tried[levels] / wanted, wanted / tried[levels]) - 1
+
+    file, made_from = Path(pipeline.uri(f"{RESIZED}/tried.json")), [pipeline.existing(f"{variant}/sid_index").hash for variant in ("cqsid", "rqvae")]
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    known: dict[str, float] = saved["sizes"] if saved.get("made_from") == made_from else {}
     wanted, levels = mean_size("cqsid"), pipeline.recipe.quantizer.level_sizes
     tried = {levels: mean_size("rqvae")}
-    while abs(tried[levels] / wanted - 1) > SIZE_TOLERANCE and len(tried) < RESIZE_TRIES:
-        ratio = tried[levels] / wanted
+    while error(levels) > SIZE_TOLERANCE and len(tried) < RESIZE_TRIES:
+        ratio, before = tried[levels] / wanted, levels
         second, third = (max(2, round(size * ratio**0.75)) for size in levels[1:])
         if (second, third) == levels[1:]:
             third += 1 if ratio > 1 else -1
         levels = (levels[0], second, max(2, third))
         if levels in tried:
             break
-        _fit_resized(pipeline, levels)
-        tried[levels] = mean_size(RESIZED)
-    best = min(tried, key=lambda one: abs(tried[one] / wanted - 1))
+        if str(levels) not in known:
+            _fit_resized(pipeline, levels)
+            known[str(levels)] = mean_size(RESIZED)
+            file.write_text(json.dumps({"made_from": made_from, "sizes": known}) + "\n")
+        tried[levels] = known[str(levels)]
+        if error(levels) >= error(before):
+            break  # else a size that more codes no longer change would multiply the books at every try
+    best = min(tried, key=error)
     _fit_resized(pipeline, best)
     print(f"{RESIZED}: books {best}, {mean_size(RESIZED):.2f} items a SID, CQ-SID {wanted:.2f}; tried {tried}", flush=True)
 

@@ -3,9 +3,10 @@
 A record is {table, dataset, row, metric, value, low, high, seeds, command, commit}: one number with its 95 % interval over requests and
 seeds together (null where it has none), how many seeds stand behind it, the command that rebuilds it and the commit it was built at.
 `METRIC_gain_vs_ROW` is the paired relative difference to another row, `METRIC_misses_gone_vs_ROW` the share of that row's misses that
-are gone, `METRIC[SLICE]` the metric over a slice of the requests; the row `all` says how many headline requests were measured.
+are gone, `METRIC[SLICE]` the metric over a slice of the requests; the row `all` says how many requests were measured: the headline ones or,
+in the tables `NAME_all_queries` of data sets whose queries are derived from the items bought, a uniform sample of the test requests.
 
-Shapes: T seeds, R headline requests, M metrics.
+Shapes: T seeds, R requests, M metrics.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,27 @@ from genrecall.evaluation.results_table import row_name, show, show_gain
 Record = dict[str, Any]
 Columns = dict[str, np.ndarray]
 
-TABLES_OF = {"channels": ("channels", "channels_by_slice", "semantic_guided", "personalised_guided"), "sids": ("semantic", "personalised")}
+ALL_QUERIES = "_all_queries"
+TABLES_OF = {
+    "channels": ("channels", "channels_all_queries", "channels_by_slice", "semantic_guided", "personalised_guided"),
+    "sids": ("semantic", "semantic_all_queries", "personalised", "personalised_all_queries"),
+}
 """The tables that each experiment fills."""
 TITLES = {
     "channels": "Recall channels, the generative one as recommended",
+    "channels_all_queries": "Recall channels, the generative one as recommended, all queries",
     "channels_by_slice": "What the generative channel adds, by slice (mean over seeds)",
     "semantic_guided": "CQ-SID with the recommended generator, query alone",
     "personalised_guided": "CQ-SID with the recommended generator, query and shopper",
     "semantic": "SIDs compared under the paper's generator, query alone",
+    "semantic_all_queries": "SIDs compared under the paper's generator, query alone, all queries",
     "personalised": "SIDs compared under the paper's generator, query and shopper",
+    "personalised_all_queries": "SIDs compared under the paper's generator, query and shopper, all queries",
 }
+REQUESTS_NOTE = (
+    "Headline tables hold the test requests whose query is unseen in training and free of its targets' category words; "
+    'tables named "all queries" a uniform sample of the test requests.'
+)
 DATASET_NAMES = {"marketplace": "Marketplace", "amazon_scientific": "Amazon Scientific", "home_depot": "Home Depot"}
 
 SID_ROWS = ("rqvae", "rqvae_resized", "rqkmeans", "cqsid_without_category", "cqsid_without_query", "cqsid")
@@ -60,21 +72,23 @@ class CollectionError(ValueError):
 
 @dataclass(frozen=True)
 class Evaluations:
-    """One experiment's evaluations, one a seed, all over the same headline requests.
+    """One experiment's evaluations, one a seed, all over the same requests.
 
     Attributes:
         columns: (table, row) -> metric -> float64 [T, R].
         metrics: `metrics.json` of each seed.
         requests: R.
+        all_queries: over a uniform sample of the test requests, where queries are derived and the headline is no such sample.
     """
 
     columns: Mapping[tuple[str, str], Columns]
     metrics: Sequence[Mapping[str, Any]]
     requests: int
+    all_queries: Evaluations | None = None
 
 
 def read_evaluations(folders: Mapping[str, Path]) -> Evaluations:
-    """Read the evaluations of one experiment.
+    """Read the evaluations of one experiment, over the headline requests.
 
     Args:
         folders: a cell's name as `DATASET SEED EXPERIMENT` -> its `evaluation` folder.
@@ -85,23 +99,29 @@ def read_evaluations(folders: Mapping[str, Path]) -> Evaluations:
     asked = {}
     for cell, folder in folders.items():
         with np.load(folder / "per_request" / "requests.npz", allow_pickle=False) as file:
-            asked[cell] = (tuple(file["request_id"].tolist()), tuple(file["primary"].tolist()))
+            asked[cell] = tuple(tuple(file[name].tolist()) for name in ("request_id", "primary", "uniform"))
     _require_equal(asked, folders, "measured other requests than")
-    primary = np.array(next(iter(asked.values()))[1], dtype=bool)
-    by_cell = {cell: _columns_of(folder / "per_request", primary) for cell, folder in folders.items()}
+    _, primary, uniform = next(iter(asked.values()))
+    by_cell = {cell: _columns_of(folder / "per_request") for cell, folder in folders.items()}
     _require_equal({cell: tuple(sorted((key, *sorted(one)) for key, one in found.items())) for cell, found in by_cell.items()}, folders, "has other rows than")
     found = list(by_cell.values())
-    columns = {key: {metric: np.stack([one[key][metric] for one in found]) for metric in first} for key, first in found[0].items()}
-    return Evaluations(columns, [json.loads((folder / "metrics.json").read_text()) for folder in folders.values()], int(primary.sum()))
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders.values()]
+
+    def over(chosen: Sequence[bool], all_queries: Evaluations | None = None) -> Evaluations:
+        mask = np.array(chosen, dtype=bool)
+        columns = {key: {metric: np.stack([one[key][metric][mask] for one in found]) for metric in first} for key, first in found[0].items()}
+        return Evaluations(columns, metrics, int(mask.sum()), all_queries)
+
+    return over(primary, over(uniform) if metrics[0]["query_kind"] == "derived" else None)
 
 
-def _columns_of(folder: Path, primary: np.ndarray) -> dict[tuple[str, str], Columns]:
-    """(table, row) -> metric -> float64 [R] of one evaluation; files without a row in their name hold something else."""
+def _columns_of(folder: Path) -> dict[tuple[str, str], Columns]:
+    """(table, row) -> metric -> float64 [evaluated requests] of one evaluation; files without a row in their name hold something else."""
     found = {}
     for path in sorted(folder.glob("*.*.npz")):
         table, _, row = path.stem.partition(".")
         with np.load(path, allow_pickle=False) as file:
-            found[table, row] = {metric: file[metric][primary].astype(np.float64) for metric in file.files}
+            found[table, row] = {metric: file[metric].astype(np.float64) for metric in file.files}
     return found
 
 
@@ -131,14 +151,15 @@ class Collector:
 
     def records(self, experiment: str) -> list[Record]:
         """All records of the experiment's tables."""
+        everything = None if self.seen.all_queries is None else replace(self, seen=self.seen.all_queries)
         if experiment == "channels":
-            found = self._channels() + self._slices() + self._sids("semantic", "semantic_guided", (MAIN,))
-            return found + ([] if self._personalised_is_a_copy() else self._sids("personalised", "personalised_guided", (MAIN,)))
-        return self._sids("semantic", "semantic", SID_ROWS) + ([] if self._personalised_is_a_copy() else self._sids("personalised", "personalised", SID_ROWS))
+            found = self._channels() + self._slices() + self._sid_tables((MAIN,), "_guided")
+            return found + ([] if everything is None else everything._channels(ALL_QUERIES))
+        return self._sid_tables(SID_ROWS) + ([] if everything is None else everything._sid_tables(SID_ROWS, ALL_QUERIES))
 
-    def _channels(self) -> list[Record]:
+    def _channels(self, suffix: str = "") -> list[Record]:
         wanted = [(row, metric) for row in CHANNEL_ROWS for metric in (*RECALLS, *(ADDED if row == OURS else ()))]
-        return self._means("channels", "channels", wanted) + self._gains("channels", "channels", CHANNEL_PAIRS, RECALLS)
+        return self._means("channels", f"channels{suffix}", wanted) + self._gains("channels", f"channels{suffix}", CHANNEL_PAIRS, RECALLS)
 
     def _slices(self) -> list[Record]:
         """Means over seeds of what the evaluations say of each slice."""
@@ -148,6 +169,11 @@ class Collector:
                 if one["table"] == "channels" and one["row"] == OURS and one["slice"] and one["metric"] in ADDED:
                     by_name.setdefault(f"{one['metric']}[{one['slice']}]", []).append(one["value"])
         return [self._record("channels_by_slice", OURS, name, _mean(values)) for name, values in by_name.items()]
+
+    def _sid_tables(self, rows: Sequence[str], suffix: str = "") -> list[Record]:
+        """Both stages' tables, the second only where it says something new."""
+        sources = ["semantic"] if self._personalised_is_a_copy() else ["semantic", "personalised"]
+        return [record for source in sources for record in self._sids(source, f"{source}{suffix}", rows)]
 
     def _sids(self, source: str, table: str, rows: Sequence[str]) -> list[Record]:
         present = [row for row in rows if (source, row) in self.seen.columns]
@@ -240,6 +266,8 @@ def markdown(records: Sequence[Record]) -> str:
     parts = []
     for dataset in datasets:
         parts.append(f"## {DATASET_NAMES.get(dataset, dataset)}")
+        if any(record["dataset"] == dataset and record["table"].endswith(ALL_QUERIES) for record in records):
+            parts.append(REQUESTS_NOTE)
         for table, title in TITLES.items():
             found = {(record["row"], record["metric"]): record for record in records if (record["dataset"], record["table"]) == (dataset, table)}
             if found:
@@ -260,9 +288,9 @@ def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
         slices = list(dict.fromkeys(one["slice"] for one in split.values()))
         rows = [[name, *(show(found.get((OURS, f"{metric}[{name}]"))) for metric in ADDED)] for name in slices]
         return [_table(["slice", *ADDED], rows)]
-    order, metrics = (CHANNEL_ROWS, [*RECALLS, *ADDED]) if table == "channels" else (SID_ROWS, list(SID_METRICS))
+    is_sid = not table.startswith("channels")
+    order, metrics = (SID_ROWS, list(SID_METRICS)) if is_sid else (CHANNEL_ROWS, [*RECALLS, *ADDED])
     rows_there = [row for row in order if any((row, metric) in found for metric in metrics)]
-    is_sid = table != "channels"
     blocks = [
         _table(
             ["", *(["items/SID"] if is_sid else []), *metrics],

@@ -6,8 +6,8 @@ block mask; the mask is implicit here: a suffix attends to the prompt's keys and
 part is never computed.
 
 The support of a score says what a token's probability is normalised over:
-- "level": the level's whole alphabet; the trie masks afterwards. The default everywhere.
-- "trie": the children of the prefix.
+- "level": the level's whole alphabet; the trie masks afterwards. That of a decoder without guidance.
+- "trie": the children of the prefix. That of a decoder with guidance, see `guidance.py`.
 - "full": the whole vocabulary, text included, as Hugging Face does; for comparison only.
 
 Request-time filters bar SIDs and never change scores. Equal scores rank by smaller SID first, at every level and in the

@@ -1,21 +1,28 @@
-"""Dense guidance: the query encoder's own opinion of every prefix, which the decoder's logits correct.
+"""Guidance: what the query encoder and the query's words say of every prefix, which the decoder's logits correct.
 
 Ours; not in CQ-SID (arXiv:2605.14434). With few logged queries a decoder cannot learn what each of 10^4 codes-in-context means, while the
-frozen encoder knows where a query lies among the items. So the items' vectors v_i define a distribution over items and with it over
-SIDs, g(s | q) ~ sum over items i of s of exp(t * q.v_i), and a level's logit becomes h.W[c] + a_l * log g(c | prefix, q): the decoder
-and the encoder as a product of experts. With W at zero it is dense retrieval down the trie, exactly; training, which learns a_l
-too, moves it to where the clicks are. (A prefix's mean vector in place of the sum over its items loses a fifth of the recall.)
+frozen encoder knows where a query lies among the items, and its words which items hold them. Both score items,
 
-Cost: one product [N, d] x [d, B] a batch. Only children of a prefix have a score, so the support is "trie".
+    s(i) = t * cos(q, v_i) + w * (idf mass of the query's tokens that the item's text holds) / (idf mass of the query's tokens),
 
-Shapes: B prompts, N items, S SIDs, N2 level-2 nodes, A1 level-1 alphabet, d encoder dimensions.
+and with g(i | q) ~ exp s(i) they score SIDs and prefixes: the mass of the items below. A level's logit becomes
+h.W[c] + a_l * log g(c | prefix, q): decoder, encoder and words as a product of experts (Hinton 2002). With W at zero it is retrieval by s down
+the trie, exactly; training, which learns a_l too, moves it to where the clicks are. (A prefix's mean vector in place of the sum
+over its items loses a fifth of the recall.) Words are the decoder's own text tokens, so a prompt says all that is needed.
+
+Cost: one product [N, d] x [d, B] and a sparse one a batch. Only children of a prefix have a score, so the support is "trie".
+
+Shapes: B prompts, L prompt tokens, N items (SID after SID, as in the trie), E (item, token) pairs, V text tokens, S SIDs, N2
+level-2 nodes, A1 level-1 alphabet, d encoder dimensions, m chosen items.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from genrecall.sid.trie import Trie
@@ -32,31 +39,101 @@ class Guide(NamedTuple):
     leaves: Tensor
 
 
+class Lexicon(NamedTuple):
+    """Which text tokens each item holds, and what a token is worth.
+
+    item_offsets: int32 [N + 1]. item_tokens: int32 [E], distinct within an item, ascending. token_idf: float32 [V], 0 for a token that no item holds.
+    """
+
+    item_offsets: Tensor
+    item_tokens: Tensor
+    token_idf: Tensor
+
+    @classmethod
+    def build(cls, ids: NDArray[np.integer], offsets: NDArray[np.integer], vocab_size: int, counted: NDArray[np.bool_]) -> Lexicon:
+        """From the token ids of N items' texts, one after the other, `offsets` [N + 1]; frequencies are those of the items `counted` [N]."""
+        owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))
+        keys = np.unique(owner * vocab_size + ids)
+        owner, tokens = keys // vocab_size, keys % vocab_size
+        frequency = np.bincount(tokens[counted[owner]], minlength=vocab_size)
+        idf = np.where(frequency > 0, np.log1p((counted.sum() - frequency + 0.5) / (frequency + 0.5)), 0.0)
+        item_offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(offsets) - 1))])
+        arrays = (item_offsets.astype(np.int32), tokens.astype(np.int32), idf.astype(np.float32))
+        return cls(*(torch.from_numpy(array) for array in arrays))
+
+
 class Guidance(nn.Module):
-    """Weights a_l of the three levels.
+    """Weights a_l of the three levels, and the lexicon, which is saved with the weights.
 
     Args:
         sharpness: t; an encoder trained at temperature T says 1 / T.
+        lexical_weight: w; 0 leaves the words out.
+        vocab_size, items, entries: V, N and E of the lexicon; 0 without it.
     """
 
-    def __init__(self, sharpness: float) -> None:
+    item_offsets: Tensor
+    item_tokens: Tensor
+    token_idf: Tensor
+
+    def __init__(self, sharpness: float, *, lexical_weight: float = 0.0, vocab_size: int = 0, items: int = 0, entries: int = 0) -> None:
         super().__init__()
         self.sharpness = sharpness
+        self.lexical_weight = lexical_weight
         self.level_weights = nn.Parameter(torch.ones(3))
+        if lexical_weight:
+            self.register_buffer("item_offsets", torch.zeros(items + 1, dtype=torch.int32))
+            self.register_buffer("item_tokens", torch.zeros(entries, dtype=torch.int32))
+            self.register_buffer("token_idf", torch.zeros(vocab_size))
 
-    def forward(self, query_vectors: Tensor, trie: Trie) -> Guide:
-        """The guide of float [B, d] query vectors; `trie` holds the items' vectors."""
-        logs = log_guide(query_vectors, trie, self.sharpness)
+    def set_lexicon(self, lexicon: Lexicon) -> None:
+        """Take over a lexicon of the sizes that the module was made for."""
+        for name, values in zip(Lexicon._fields, lexicon, strict=True):
+            getattr(self, name).copy_(values)
+
+    def forward(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> Guide:
+        """The guide of prompts: query vectors float [B, d], token ids int64 [B, L] and their lengths int64 [B]; `trie` holds the items' vectors."""
+        logs = log_guide(self._item_logits(query_vectors, token_ids, lengths, trie), trie)
         first, second, third = (weight * log for weight, log in zip(self.level_weights, logs, strict=True))
         return Guide(first, second, third)
 
+    @torch.no_grad()
+    def _item_logits(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> Tensor:
+        """s float32 [N, B]: [N, B] takes half the time of [B, N], and sums run over rows."""
+        vectors = trie.guide_vectors
+        logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T)
+        if not self.lexical_weight:
+            return logits
+        held = torch.sparse_csr_tensor(self.item_offsets, self.item_tokens, torch.ones(len(self.item_tokens), device=logits.device), (len(vectors), len(self.token_idf)))
+        return logits + self.lexical_weight * (held @ self._token_shares(token_ids, lengths).T)
+
+    def _token_shares(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The share of each prompt's idf mass that each token has, float32 [B, V]; markers and SIDs have none, repeated tokens count once."""
+        vocab = len(self.token_idf)
+        text = (token_ids < vocab) & (torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None])
+        present = torch.zeros(len(token_ids), vocab + 1, device=token_ids.device).scatter_(1, torch.where(text, token_ids, vocab), 1.0)[:, :vocab]
+        mass = present * self.token_idf.float()
+        return mass / mass.sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+    @torch.no_grad()
+    def logits_of_items(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, trie: Trie) -> Tensor:
+        """a_3 * s float32 [m] of the items at int64 [m] `positions`, for one query: its vector float [d] and its prompt's token ids int64 [L]."""
+        assert trie.item_vectors is not None, "checked by decoding"
+        logits = self.sharpness * (trie.item_vectors[positions].float() @ query_vector.float())
+        if self.lexical_weight:
+            shares = self._token_shares(token_ids[None], torch.tensor([len(token_ids)], device=token_ids.device))[0]
+            starts = self.item_offsets[positions].long()
+            counts = self.item_offsets[positions + 1].long() - starts
+            owner = torch.repeat_interleave(counts)
+            entries = starts[owner] + torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+            held = torch.zeros(len(positions), device=owner.device).index_add_(0, owner, shares[self.item_tokens[entries].long()])
+            logits = logits + self.lexical_weight * held
+        return self.level_weights[-1].float() * logits
+
 
 @torch.no_grad()
-def log_guide(query_vectors: Tensor, trie: Trie, sharpness: float) -> Guide:
-    """log g of each token given its prefix, for float [B, d] query vectors."""
-    vectors = trie.guide_vectors
-    cosines = vectors @ query_vectors.to(vectors.dtype).T  # [N, B]: twice as fast as [B, N], and sums run over rows
-    weights = (sharpness * (cosines - cosines.amax(dim=0))).exp()
+def log_guide(item_logits: Tensor, trie: Trie) -> Guide:
+    """log g of each token given its prefix, for the items' logits s float32 [N, B]."""
+    weights = (item_logits - item_logits.amax(dim=0)).exp()
     leaves = _sums(weights, trie.sid_of_item, len(trie))
     nodes2 = _sums(leaves, trie.node_of_leaf, len(trie.tokens2))
     level1 = _sums(nodes2, trie.level1_of_node, trie.alphabet_sizes[0])

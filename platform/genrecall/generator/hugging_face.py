@@ -2,8 +2,8 @@
 
 `transformers` reads the folder as a Qwen2ForCausalLM over the whole vocabulary, in which every (code, group) pair has a row of
 its own. What it has no place for lies in `genrecall.json` (the decoder's config) and `genrecall.safetensors` (soft prompt,
-group terms): through `transformers` the soft prompt is left out. Nothing but safetensors and JSON is read; a folder's
-generation_config.json is not.
+group terms, guidance): through `transformers` soft prompt and guidance are left out. Nothing but safetensors and JSON is read; a
+folder's generation_config.json is not.
 """
 
 from __future__ import annotations

@@ -295,7 +295,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
                     worker.save({"step": at + 1, "stages": record})
             step = end
             entry: dict[str, Any] = {"stage": name, "steps": stage.steps, "examples": len(examples), "seconds": round(time.monotonic() - started, 1)}
-            entry |= {} if validation is None else _validate(model, retriever, validation, personalised=name == "stage3")
+            entry |= {} if validation is None else _validate(model, retriever, validation, stage=name)
             measured = entry.get("validation", {})
             record.append(entry)
             worker.log(end - 1, {f"{name}/validation_{metric}": value for metric, value in measured.items()})
@@ -318,10 +318,11 @@ def _loop(loop_config: dict[str, Any]) -> None:
     worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()})
 
 
-def _validate(model: Decoder, retriever: Retriever, validation: Validation, *, personalised: bool) -> dict[str, Any]:
-    """What validation requests say of a finished stage: the weight of a guided decoder, and the metrics under it."""
+def _validate(model: Decoder, retriever: Retriever, validation: Validation, *, stage: str) -> dict[str, Any]:
+    """What validation requests say of a finished stage: the weight of a guided decoder that may be served, and the metrics under it."""
     found: dict[str, Any] = {}
-    if model.guidance is not None:
+    personalised = stage == "stage3"
+    if model.guidance is not None and stage != "stage1":
         weight, recalls = choose_decoder_weight(retriever, validation.requests, personalised=personalised)
         found = {"decoder_weight": weight, "validation_recall_by_weight": recalls}
     with weighted_decoder(model, found.get("decoder_weight", 1.0)):

@@ -6,7 +6,8 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import genrecall.pipeline
-import genrecall.tracking
 from genrecall.config import Places, apply_overrides
 from genrecall.recipes import RECIPES
+from genrecall.storage import Artifact
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 NAN = float("nan")
@@ -37,23 +37,29 @@ def tables(quality: ModuleType) -> ModuleType:
 
 
 def write_evaluation(
-    folder: Path, rows: Mapping[str, Mapping[str, Sequence[float]]], *, ids: Sequence[str] = ("a", "b", "c", "d"), records: Sequence[dict[str, Any]] = ()
+    folder: Path,
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    ids: Sequence[str] = ("a", "b", "c", "d"),
+    records: Sequence[dict[str, Any]] = (),
+    query_kind: str = "real",
 ) -> Path:
-    """An evaluation of four requests, the first three of them headline; `rows` is `table.row` -> metric -> values."""
+    """An evaluation of four requests, the first three of them headline, the last two a uniform sample; `rows` is `table.row` -> metric -> values."""
     (folder / "per_request").mkdir(parents=True)
-    np.savez(folder / "per_request" / "requests.npz", request_id=np.array(ids), primary=np.array([True, True, True, False]))
+    masks = {"primary": np.array([True, True, True, False]), "uniform": np.array([False, False, True, True])}
+    np.savez(folder / "per_request" / "requests.npz", request_id=np.array(ids), **masks)
     np.savez(folder / "per_request" / "sid_lists.npz", **{"semantic.cqsid": np.zeros((4, 2), dtype=np.int32)})
     for name, columns in rows.items():
         np.savez(folder / "per_request" / f"{name}.npz", **{metric: np.array(values, dtype=np.float32) for metric, values in columns.items()})
-    (folder / "metrics.json").write_text(json.dumps({"records": list(records)}))
+    (folder / "metrics.json").write_text(json.dumps({"query_kind": query_kind, "records": list(records)}))
     return folder
 
 
 def sid_evaluation(folder: Path, rqvae: Sequence[float], cqsid: Sequence[float], items_per_sid: float = 2.0, **more: Any) -> Path:
     """An evaluation of `sids` with one metric; nothing is known of the shoppers, so stage 3 is stage 2."""
     rows = {f"{table}.{row}": {"clk@100": values} for table in ("semantic", "personalised") for row, values in (("rqvae", rqvae), ("cqsid", cqsid))}
-    size = {"table": "semantic", "row": "cqsid", "metric": "items_per_sid", "slice": "", "value": items_per_sid}
-    return write_evaluation(folder, rows | more.pop("rows", {}), records=[size], **more)
+    sizes = [{"table": table, "row": "cqsid", "metric": "items_per_sid", "slice": "", "value": items_per_sid} for table in ("semantic", "personalised")]
+    return write_evaluation(folder, rows | more.pop("rows", {}), records=sizes, **more)
 
 
 def values_of(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str], Any]:
@@ -91,6 +97,61 @@ def test_personalised_table_is_left_out_only_where_stage_3_is_a_copy(tables: Mod
     other = sid_evaluation(tmp_path / "other", rqvae=[1, 0, NAN, 1], cqsid=[1, 1, NAN, 0], rows={"personalised.cqsid": {"clk@100": [1, 0, NAN, 0]}})
     found = values_of(collected(tables, {"marketplace 0 sids": other}))
     assert (found["semantic", "cqsid", "clk@100"], found["personalised", "cqsid", "clk@100"]) == (1.0, 0.5)
+
+
+def test_derived_queries_have_tables_over_the_uniform_sample_too(tables: ModuleType, tmp_path: Path) -> None:
+    # Over all queries, the last two requests: RQ-VAE finds 1 of 2, CQ-SID 2 of 2; with the shopper CQ-SID finds 1 of 2.
+    rows = {"personalised.cqsid": {"clk@100": [1, 1, 1, 0]}}
+    values: dict[str, Any] = {"rqvae": [1, 1, 0, 1], "cqsid": [1, 0, 1, 1], "items_per_sid": 1.25}
+    folder = sid_evaluation(tmp_path / "0", **values, rows=rows, query_kind="derived")
+    records = collected(tables, {"amazon_scientific 0 sids": folder})
+    found = values_of(records)
+    assert {table for table, _, _ in found} == set(tables.TABLES_OF["sids"])
+    by_row = {(table, row): value for (table, row, metric), value in found.items() if metric == "clk@100"}
+    thirds = pytest.approx(2 / 3, abs=1e-6)
+    assert by_row == {
+        ("semantic", "rqvae"): thirds,
+        ("semantic", "cqsid"): thirds,
+        ("personalised", "rqvae"): thirds,
+        ("personalised", "cqsid"): 1.0,
+        ("semantic_all_queries", "rqvae"): 0.5,
+        ("semantic_all_queries", "cqsid"): 1.0,
+        ("personalised_all_queries", "rqvae"): 0.5,
+        ("personalised_all_queries", "cqsid"): 0.5,
+    }
+    assert found["semantic_all_queries", "cqsid", "clk@100_gain_vs_rqvae"] == 1.0
+    assert (found["semantic", "all", "requests"], found["semantic_all_queries", "all", "requests"]) == (3, 2)
+    for table in tables.TABLES_OF["sids"]:  # the same rows and metrics
+        assert {(row, metric) for one, row, metric in found if one == table} == {(row, metric) for one, row, metric in found if one == "semantic"}
+
+    text = tables.markdown(records)
+    assert text.count(tables.REQUESTS_NOTE) == 1
+    assert [line for line in text.splitlines() if line.startswith("### ")] == [f"### {tables.TITLES[table]}" for table in tables.TABLES_OF["sids"]]
+    assert text.count("|  | items/SID | clk@1 |") == 4
+    assert text.count("| CQ-SID | 1.25 |") == 4
+
+    real = sid_evaluation(tmp_path / "1", **values, rows=rows)
+    records = collected(tables, {"marketplace 0 sids": real})
+    assert {record["table"] for record in records} == {"semantic", "personalised"}
+    assert tables.REQUESTS_NOTE not in tables.markdown(records)
+
+
+def test_channels_of_derived_queries_have_a_table_over_the_uniform_sample_too(tables: ModuleType, tmp_path: Path) -> None:
+    rows = {
+        "channels.rrf_bm25_dense": {"recall@10": [1, 0, 0, 1]},
+        "channels.rrf_all": {"recall@10": [1, 0, 1, 1]},
+        "channels.generative": {"marginal@100": [0, 0, 1, 0]},
+        "semantic.cqsid": {"clk@100": [1, 0, 1, 0]},
+    }
+    folder = write_evaluation(tmp_path / "0", rows, query_kind="derived")
+    records = collected(tables, {"amazon_scientific 0 channels": folder}, "channels")
+    found = values_of(records)
+    assert {table for table, _, _ in found} == {"channels", "channels_all_queries", "semantic_guided"}
+    assert found["channels_all_queries", "rrf_all", "recall@10_gain_vs_rrf_bm25_dense"] == 1.0  # 2 of 2 after 1 of 2
+    assert found["channels_all_queries", "generative", "marginal@100"] == 0.5
+    text = tables.markdown(records)
+    assert text.count("|  | recall@10 | recall@100 | marginal@100 | missed_found@100 |") == 2
+    assert text.count(tables.REQUESTS_NOTE) == 1
 
 
 def test_cut_curve_is_collected_for_the_rows_of_the_paper(tables: ModuleType, tmp_path: Path) -> None:
@@ -144,17 +205,18 @@ def test_collecting_rewrites_only_the_tables_that_were_rebuilt(quality: ModuleTy
     home, output = tmp_path / "home", tmp_path / "results"
     with pytest.raises(SystemExit, match="nothing to collect under"):
         quality.collect(["marketplace"], [0], home, output)
-    for dataset in ("marketplace", "home_depot"):
+    for dataset in ("marketplace", "amazon_scientific"):
         sid_evaluation(quality.Cell(dataset, 0, "sids").artifact(home, "evaluation"), rqvae=[1, 0, 1, 0], cqsid=[1, 1, 1, 0])
-    quality.collect(["marketplace", "home_depot"], [0], home, output)
+    quality.collect(["marketplace", "amazon_scientific"], [0], home, output)
     records = json.loads((output / "quality.json").read_text())
     assert "left out: marketplace channels, not finished: marketplace 0 channels" in capsys.readouterr().err
-    assert {record["command"] for record in records if record["dataset"] == "home_depot"} == {"python benchmarks/quality.py --datasets home_depot --seeds 0"}
+    commands = {record["command"] for record in records if record["dataset"] == "amazon_scientific"}
+    assert commands == {"python benchmarks/quality.py --datasets amazon_scientific --seeds 0"}
     lines = (output / "quality.json").read_text().splitlines()
     assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == records  # one a line
     assert "| CQ-SID over RQ-VAE | +50.0 %" in (output / "quality.md").read_text()
 
-    kept = [record | {"commit": "0ld"} if record["dataset"] == "home_depot" else record for record in records]
+    kept = [record | {"commit": "0ld"} if record["dataset"] == "amazon_scientific" else record for record in records]
     (output / "quality.json").write_text(json.dumps([*kept, records[0] | {"dataset": "marketplace", "metric": "no longer measured"}]))
     quality.collect(["marketplace"], [0], home, output)
     assert json.loads((output / "quality.json").read_text()) == kept
@@ -165,10 +227,16 @@ def test_every_cell_is_a_valid_recipe_whose_seeds_share_data_and_requests(qualit
         recipe, changed = RECIPES[cell.dataset](), apply_overrides(RECIPES[cell.dataset](), cell.overrides())
         assert {part.seed for part in (changed.encoder, changed.quantizer, changed.sid, changed.generator)} == {cell.seed}
         assert (changed.data, changed.evaluation.seed, changed.ranker) == (recipe.data, recipe.evaluation.seed, recipe.ranker)
-        assert (changed.evaluation.max_requests, changed.align, changed.variants[0]) == (3000, None, "cqsid")
-        recommended = (recipe.generator.guided, recipe.generator.soft_prompt)
-        assert (changed.generator.guided, changed.generator.soft_prompt) == (recommended if cell.experiment == "channels" else (False, False))
-    assert quality.Cell("home_depot", 0, "sids").variants() == ("cqsid", "rqvae", "rqvae_resized", "rqkmeans")
+        assert (changed.evaluation.max_requests, changed.align, changed.variants[0]) == (1500, None, "cqsid")
+        asked = (changed.encoder.steps, changed.generator.guided, changed.generator.soft_prompt)
+        recommended = (recipe.encoder.steps, recipe.generator.guided, recipe.generator.soft_prompt)
+        assert asked == (recommended if cell.experiment == "channels" else (0, False, False))
+
+
+def test_sids_are_compared_only_where_there_are_categories(quality: ModuleType) -> None:
+    cells = {str(cell) for cell in quality.grid(quality.DATASETS, [0])}
+    channels = {"marketplace 0 channels", "amazon_scientific 0 channels", "home_depot 0 channels"}
+    assert cells == channels | {"marketplace 0 sids", "amazon_scientific 0 sids"}
 
 
 class PretendPipeline:
@@ -194,8 +262,8 @@ class PretendPipeline:
 
 
 def test_cell_runs_its_stages_in_order_and_times_only_what_it_made(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(genrecall.pipeline, "Pipeline", PretendPipeline)
-    monkeypatch.setattr(genrecall.tracking, "use_tracking", lambda where: None)
+    monkeypatch.setattr(quality, "Pipeline", PretendPipeline)
+    monkeypatch.setattr(quality, "use_tracking", lambda where: None)
     cell, before = quality.Cell("marketplace", 1, "channels"), quality.Cell("marketplace", 0, "channels")
     taken_over = before.artifact(tmp_path, "dataset")
     taken_over.mkdir(parents=True)
@@ -210,17 +278,141 @@ def test_cell_runs_its_stages_in_order_and_times_only_what_it_made(quality: Modu
     assert json.loads(file.read_text()) == {"encoder": 12.5}
 
 
-def test_sids_take_over_what_channels_made_and_keep_their_own(quality: ModuleType, tmp_path: Path) -> None:
-    channels, sids = quality.Cell("marketplace", 1, "channels"), quality.Cell("marketplace", 1, "sids")
+def test_resized_books_are_fitted_after_both_sizes_are_known_and_before_their_generator(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "Pipeline", PretendPipeline)
+    monkeypatch.setattr(quality, "use_tracking", lambda where: None)
+    monkeypatch.setattr(quality, "resize", lambda pipeline: pipeline.asked.append("resize"))
+    quality.run_cell(quality.Cell("marketplace", 0, "sids"), Places(home=str(tmp_path), data="/nowhere", tracking_uri="sqlite:///nowhere.db"))
+    made = [[f"{variant}/{stage}" for stage in ("quantizer", "sid_index", "generator")] for variant in quality.SID_VARIANTS if variant != "rqvae_resized"]
+    sized, others = [*made[0], *made[1], "resize", "rqvae_resized/generator"], [name for names in made[2:] for name in names]
+    assert PretendPipeline.asked == ["dataset", "encoder", *sized, *others, "ranker", "evaluation"]
+
+
+class ResizablePipeline:
+    """A pipeline whose RQ-VAE has clusters of a mean size that its last two books decide; CQ-SID's hold four items on average."""
+
+    def __init__(self, root: Path, size_of: Callable[[int, int], float], *, second: int = 10, third: int = 10) -> None:
+        recipe = RECIPES["marketplace"]()
+        self.recipe = replace(recipe, quantizer=replace(recipe.quantizer, level_sizes=(64, second, third)))
+        self.root, self.size_of = root, size_of
+        self.fitted: list[tuple[int, int, int]] = []
+        self.published: tuple[int, int, int] | None = None
+
+    def uri(self, name: str) -> str:
+        return str(self.root / name)
+
+    def quantizer(self, variant: str) -> None:
+        """As the stage does, nothing where the artifact has these books already."""
+        assert variant == "rqvae_resized"
+        levels = self.recipe.resized_levels
+        assert levels is not None
+        if not self.fitted or self.fitted[-1] != levels:
+            self.fitted.append(levels)
+
+    def sid_index(self, variant: str) -> None:
+        assert variant == "rqvae_resized"
+        (self.root / variant).mkdir(exist_ok=True)
+        self.published = self.fitted[-1]
+
+    def existing(self, name: str) -> Artifact:
+        variant, kind = name.split("/")
+        levels = self.published if variant == "rqvae_resized" else self.recipe.quantizer.level_sizes
+        assert levels is not None
+        size = 4.0 if variant == "cqsid" else self.size_of(*levels[1:])
+        return Artifact(
+            name, self.root, {"kind": kind, "row_counts": {"items": 1_000_000, "sids": round(1_000_000 / size)}, "identity": self.recipe.quantizer.seed}
+        )
+
+    @property
+    def size(self) -> float:
+        assert self.published is not None
+        return self.size_of(*self.published[1:])
+
+
+@pytest.mark.parametrize("size", [1.5, 3.0, 9.0, 30.0])
+@pytest.mark.parametrize("power", [0.5, 0.7, 0.9])  # a code more brings less than a cluster more
+def test_resizing_reaches_the_wanted_size_within_five_percent(quality: ModuleType, tmp_path: Path, size: float, power: float) -> None:
+    pipeline = ResizablePipeline(tmp_path, lambda second, third: size * (30 * 30 / (second * third)) ** power, second=30, third=30)
+    quality.resize(pipeline)
+    assert pipeline.size == pytest.approx(4.0, rel=0.05)
+    assert pipeline.published == pipeline.recipe.resized_levels == pipeline.fitted[-1]
+    assert pipeline.recipe.resized_levels[0] == 64
+    assert len(pipeline.fitted) < quality.RESIZE_TRIES
+    assert pipeline.recipe.quantizer.level_sizes == (64, 30, 30)  # the other variants' books
+
+
+@pytest.mark.parametrize("size", [3.9, 4.0, 4.15])
+def test_resizing_keeps_the_own_books_where_they_are_near_enough(quality: ModuleType, tmp_path: Path, size: float) -> None:
+    pipeline = ResizablePipeline(tmp_path, lambda second, third: size)
+    quality.resize(pipeline)
+    assert pipeline.fitted == [(64, 10, 10)]
+    assert pipeline.published == (64, 10, 10)
+
+
+@pytest.mark.parametrize(("size", "tried"), [(9.0, (64, 18, 18)), (2.0, (64, 6, 6))])
+def test_resizing_stops_where_other_books_change_nothing(quality: ModuleType, tmp_path: Path, size: float, tried: tuple[int, int, int]) -> None:
+    # 10 * (9 / 4) ** 0.75 = 18.4 and 10 * (2 / 4) ** 0.75 = 5.9 codes.
+    pipeline = ResizablePipeline(tmp_path, lambda second, third: size)
+    quality.resize(pipeline)
+    assert pipeline.fitted == [tried, (64, 10, 10)]
+    assert pipeline.published == (64, 10, 10)
+
+
+def test_resizing_ends_with_the_best_of_its_tries(quality: ModuleType, tmp_path: Path) -> None:
+    # 10 * (8 / 4) ** 0.75 = 16.8 codes give 5 items a SID; the 17 * (5 / 4) ** 0.75 = 20.1 after them give 6, and 5 is the nearest.
+    pipeline = ResizablePipeline(tmp_path, lambda second, third: {10: 8.0, 17: 5.0, 20: 6.0}[third])
+    quality.resize(pipeline)
+    assert pipeline.fitted == [(64, 17, 17), (64, 20, 20), (64, 17, 17)]
+    assert pipeline.published == pipeline.recipe.resized_levels == (64, 17, 17)
+
+
+@pytest.mark.parametrize(("second", "third"), [(2, 2), (2, 3), (3, 2), (5, 5)])
+def test_resizing_ends_where_no_books_fit(quality: ModuleType, tmp_path: Path, second: int, third: int) -> None:
+    for number, size_of in enumerate((lambda a, b: 8.0 if a * b < 9 else 3.5, lambda a, b: a * b / 100, lambda a, b: 1e5 / (a * b))):
+        root = tmp_path / str(number)
+        root.mkdir()
+        pipeline = ResizablePipeline(root, size_of, second=second, third=third)
+        quality.resize(pipeline)
+        assert len(pipeline.fitted) <= quality.RESIZE_TRIES
+        assert pipeline.recipe.resized_levels == pipeline.published
+        assert min(pipeline.published) >= 2
+        distances = {levels: max(size / 4, 4 / size) for levels in [*pipeline.fitted, (64, second, third)] if (size := size_of(*levels[1:]))}
+        assert distances[pipeline.published] == min(distances.values())
+
+
+def test_resizing_again_fits_nothing_again(quality: ModuleType, tmp_path: Path) -> None:
+    first = ResizablePipeline(tmp_path, lambda second, third: {10: 8.0, 17: 5.0, 20: 6.0}[third])
+    quality.resize(first)
+    again = ResizablePipeline(tmp_path, first.size_of)
+    again.fitted, again.published = [(64, 17, 17)], (64, 17, 17)
+    quality.resize(again)
+    assert again.fitted == [(64, 17, 17)]
+    assert again.recipe.resized_levels == (64, 17, 17)
+    other = ResizablePipeline(tmp_path, first.size_of)
+    other.recipe = replace(other.recipe, quantizer=replace(other.recipe.quantizer, seed=1))  # other SIDs: what was tried for the first says nothing
+    quality.resize(other)
+    assert other.fitted == first.fitted
+
+
+def test_cells_take_over_the_data_alone_and_keep_their_own(quality: ModuleType, tmp_path: Path) -> None:
+    channels = quality.Cell("marketplace", 0, "channels")
     for name in ("dataset", "encoder", "cqsid/quantizer", "cqsid/generator"):
         channels.artifact(tmp_path, name).mkdir(parents=True)
         (channels.artifact(tmp_path, name) / "manifest.json").write_text(name)
-    own = sids.artifact(tmp_path, "encoder")
-    own.mkdir(parents=True)
-    (own / "manifest.json").write_text("own")
-    quality.take_over(sids, tmp_path)
-    found = {path.parent.relative_to(own.parent).as_posix(): path.read_text() for path in own.parent.rglob("manifest.json")}
-    assert found == {"dataset": "dataset", "encoder": "own", "cqsid/quantizer": "cqsid/quantizer"}
+
+    def found(cell: Any) -> dict[str, str]:
+        quality.take_over(cell, tmp_path)
+        top = cell.artifact(tmp_path, "dataset").parent
+        return {path.parent.relative_to(top).as_posix(): path.read_text() for path in top.rglob("manifest.json")}
+
+    assert found(quality.Cell("marketplace", 0, "sids")) == found(quality.Cell("marketplace", 1, "channels")) == {"dataset": "dataset"}
+    own = quality.Cell("marketplace", 1, "sids")
+    own.artifact(tmp_path, "dataset").mkdir(parents=True)
+    (own.artifact(tmp_path, "dataset") / "manifest.json").write_text("own")
+    assert found(own) == {"dataset": "own"}
+    assert len(found(channels)) == 4
 
 
 def pretend(quality: ModuleType, root: Path, *, failing: Sequence[str] = ()) -> Any:
@@ -241,9 +433,9 @@ def test_grid_starts_a_cell_after_those_it_takes_over_from(quality: ModuleType, 
     order = (tmp_path / "order").read_text().splitlines()
     assert sorted(order) == sorted(f"{what} {cell}" for what in ("start", "end") for cell in cells)
     for dataset in ("marketplace", "home_depot"):
-        assert order.index(f"end {dataset} 0 channels") < order.index(f"start {dataset} 1 channels")
-        for seed in (0, 1):
-            assert order.index(f"end {dataset} {seed} channels") < order.index(f"start {dataset} {seed} sids")
+        first, *others = [cell for cell in cells if cell.dataset == dataset]
+        assert (first.seed, first.experiment) == (0, "channels")
+        assert all(order.index(f"end {first}") < order.index(f"start {other}") for other in others)
 
 
 def test_grid_stops_after_a_failure_and_goes_on_where_it_stopped(quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -11,17 +12,21 @@ import torch
 
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.data.interactions import known_at_split
+from genrecall.generator.calibration import weighted_decoder
 from genrecall.generator.examples import Batches, ExampleSet
 from genrecall.generator.model import Decoder
+from genrecall.generator.retriever import Retriever
 from genrecall.generator.sft import (
     GeneratorConfig,
     StageConfig,
+    _validate,
     build_decoder,
     learning_rate_schedule,
     sft_loss,
     train_tokenizer,
 )
 from genrecall.generator.training_data import NothingToLearnError, Validation, build_training_data, make_prompt_builder
+from genrecall.sid.index import SidIndex
 from genrecall.sid.trie import Trie
 
 CONFIG = GeneratorConfig(
@@ -129,6 +134,29 @@ def test_guidance_is_part_of_the_settings(table):
     assert not apply_overrides(GeneratorConfig(), ["soft_prompt=false", "guided=false"]).guided
     with pytest.raises(ConfigError, match=r"guide_sharpness: must be positive, got 0\.0; guided=false switches guidance off"):
         apply_overrides(GeneratorConfig(), ["guide_sharpness=0.0"])
+    with pytest.raises(ConfigError, match="guide_sharpness: has no effect with guided=false; leave it out"):
+        apply_overrides(GeneratorConfig(), ["guide_sharpness=10.0", "guided=false"])
+    assert apply_overrides(GeneratorConfig(), ["guide_sharpness=10.0"]).guide_sharpness == 10.0
+
+
+def test_a_stage_chooses_a_weight_for_a_guided_decoder_alone(config, trained, parts, requests, table, trie, encoder):
+    builder, _ = parts
+    retriever = Retriever(trained, builder, trie, SidIndex.build(table.item_sid, 50, np.zeros(50)), table, encoder, support=config.support)
+    validation = Validation.build(builder, requests.take(range(40, 60)), 20, table, encoder)
+    for stage in ("stage1", "stage2", "stage3"):
+        entry = _validate(trained, retriever, validation, stage=stage)
+        assert json.loads(json.dumps(entry)) == entry  # it goes into training.json
+        weight = entry.get("decoder_weight", 1.0)
+        with weighted_decoder(trained, weight):
+            measured = validation.measure(trained, builder, trie, personalised=stage == "stage3", support=config.support)
+        assert entry["validation"] == measured
+        if not config.guided or stage == "stage1":  # stage 1 is never served
+            assert set(entry) == {"validation"}
+        else:
+            assert set(entry) == {"decoder_weight", "validation_recall_by_weight", "validation"}
+            recalls = entry["validation_recall_by_weight"]
+            assert list(recalls) == ["1", "0.75", "0.5", "0.25"]
+            assert recalls[f"{weight:g}"] == max(recalls.values())
 
 
 def prompts_of(examples: ExampleSet) -> list[list[int]]:
