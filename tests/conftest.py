@@ -65,11 +65,12 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     from genrecall.encoders.towers import NgramTowers
     from genrecall.generator.examples import PromptBuilder
     from genrecall.generator.model import Decoder, DecoderConfig
+    from genrecall.generator.sft import build_lexicon
     from genrecall.generator.tokenizer import QueryTokenizer
     from genrecall.quantization.residual_quantizer import FrozenQuantizer
     from genrecall.registry.bundle import BundleConfig, build_bundle
     from genrecall.sid.build import SidIndexConfig, build_sid_index
-    from genrecall.sid.index import load_sid_table
+    from genrecall.sid.index import load_index, load_sid_table
     from genrecall.storage import Artifact, Stage
 
     root = tmp_path_factory.mktemp("untrained_line")
@@ -123,6 +124,7 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     def fill_generator(folder: Path, counts: dict[str, int]) -> None:
         seed = int(folder.name.split(".")[1].removeprefix("generator"))
         tokenizer = QueryTokenizer.train(titles + queries, 300, genders=["f", "m"], age_bands=["18-24"])
+        lexicon = build_lexicon(load_catalog(dataset), load_index(sid_index.path).item_rows, tokenizer, np.ones(len(titles), dtype=bool))
         config = DecoderConfig(
             text_vocab_size=tokenizer.vocab_size,
             level_sizes=space.level_sizes,
@@ -134,10 +136,16 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
             intermediate_size=48,
             soft_prompt_dim=16,
             guide_sharpness=1.0,  # little, so that what differs between seeds decides
+            guide_lexical=0.5,
+            guide_items=len(titles),
+            guide_entries=len(lexicon.item_tokens),
             max_positions=128,
         )
+        model = Decoder(config, seed=seed)
+        assert model.guidance is not None
+        model.guidance.set_lexicon(lexicon)
         (folder / "stage3").mkdir()
-        Decoder(config, seed=seed).save_pretrained(folder / "stage3")
+        model.save_pretrained(folder / "stage3")
         PromptBuilder(tokenizer, config.level_offsets, max_history=4).save(folder)
         (folder / "training.json").write_text(json.dumps({"support": "trie"}))
 

@@ -122,8 +122,9 @@ def home_depot() -> Recipe:
         quantizer=QuantizerConfig(level_sizes=(256, 32, 32), use_category=False, steps=1000),
         generator=GeneratorConfig(
             vocab_size=8192,
-            stage1=StageConfig(steps=200, batch_size=64, learning_rate=2e-3),
-            stage2=StageConfig(steps=800, batch_size=64, learning_rate=2e-3),
+            guide_lexical=6.0,
+            stage1=StageConfig(steps=100, batch_size=64, learning_rate=2e-3),
+            stage2=StageConfig(steps=500, batch_size=64, learning_rate=2e-3),
         ),
     )
 

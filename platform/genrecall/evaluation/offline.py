@@ -77,7 +77,7 @@ class EvaluationConfig:
     channels: tuple[Literal["bm25", "dense", "popularity"], ...] = ("bm25", "dense", "popularity")
     depth: int = 100
     max_requests: int | None = 1000
-    max_validation_requests: int = 300
+    max_validation_requests: int = 1000
     bootstrap_samples: int = 1000
     dense_index: Literal["flat", "hnsw"] = "flat"
     bm25_k1: float = 1.2

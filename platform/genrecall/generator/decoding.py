@@ -112,7 +112,7 @@ def beam_search(model: Decoder, prompts: Prompts, trie: Trie, *, beam_size: int,
     if allowed is not None:
         _check_masks(allowed, trie, len(prompts))
     state = model.prefill(prompts)
-    search = _Search(model, state, trie, support, allowed, _guide(model, state, trie))
+    search = _Search(model, state, trie, support, allowed, _guide(model, prompts, trie))
 
     token1, score1 = search.first_level(beam_size)
     node, score2, parent2, token2, past = search.second_level(token1, score1, beam_size)
@@ -200,14 +200,14 @@ class _Search:
         return (self.model.logits(hidden).float() if self.support == "full" else logits).logsumexp(-1, keepdim=True)
 
 
-def _guide(model: Decoder, state: PromptState, trie: Trie | None) -> Guide | None:
-    """What the encoder thinks of every prefix, where the decoder is guided; decoding checks have passed."""
+def _guide(model: Decoder, prompts: Prompts, trie: Trie | None) -> Guide | None:
+    """What encoder and words say of every prefix, where the decoder is guided; decoding checks have passed."""
     if model.guidance is None:
         return None
-    if state.soft is None:
+    if prompts.soft is None:
         raise DecodingError("prompts: a guided decoder needs the query encoder's vectors; give soft [B, soft_prompt_dim]")
     assert trie is not None
-    guide: Guide = model.guidance(state.soft, trie)
+    guide: Guide = model.guidance(prompts.soft, prompts.token_ids, prompts.lengths, trie)
     return guide
 
 
@@ -299,7 +299,7 @@ def sample_group(
     uniforms = uniforms.to(model.device)
 
     state = model.prefill(prompts)
-    levels = _Levels(model, support, trie, temperature, _guide(model, state, trie))
+    levels = _Levels(model, support, trie, temperature, _guide(model, prompts, trie))
     token1, log1 = _draw(levels.first(state.last_hidden), uniforms[..., 0])
     hidden, past = model.extend(model.embed_level_tokens(token1, 0)[:, :, None], state)
     token2, log2 = _draw(levels.second(hidden[:, :, 0], token1), uniforms[..., 1])
@@ -382,7 +382,7 @@ def group_log_probs(
     state = model.prefill(prompts)
     embedded = torch.stack((model.embed_level_tokens(inputs[..., 0], 0), model.embed_level_tokens(inputs[..., 1], 1)), dim=2)
     hidden, _ = model.extend(embedded, state)
-    levels = _Levels(model, support, trie, temperature, _guide(model, state, trie))
+    levels = _Levels(model, support, trie, temperature, _guide(model, prompts, trie))
     distributions = (
         levels.first(state.last_hidden),
         levels.second(hidden[:, :, 0], inputs[..., 0]),
@@ -490,6 +490,10 @@ def _check_guided(model: Decoder, trie: Trie | None, support: str) -> None:
         raise DecodingError(
             f"trie: its vectors have {trie.item_vectors.shape[1]} dimensions, the decoder's query vectors {model.config.soft_prompt_dim}; "
             "rerun jobs/build_sid_index.py and jobs/train_generator.py with one encoder"
+        )
+    if model.config.guide_lexical and model.config.guide_items != len(trie.item_vectors):
+        raise DecodingError(
+            f"trie: it holds {len(trie.item_vectors)} items, the decoder's lexicon {model.config.guide_items}; use the SID index that the generator was trained on"
         )
 
 

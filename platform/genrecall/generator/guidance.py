@@ -86,9 +86,10 @@ class Guidance(nn.Module):
             self.register_buffer("token_idf", torch.zeros(vocab_size))
 
     def set_lexicon(self, lexicon: Lexicon) -> None:
-        """Take over a lexicon of the sizes that the module was made for."""
-        for name, values in zip(Lexicon._fields, lexicon, strict=True):
-            getattr(self, name).copy_(values)
+        """Take over a lexicon of the sizes that the module was made for; its vocabulary may be smaller than the decoder's."""
+        self.item_offsets.copy_(lexicon.item_offsets)
+        self.item_tokens.copy_(lexicon.item_tokens)
+        self.token_idf[: len(lexicon.token_idf)].copy_(lexicon.token_idf)
 
     def forward(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> Guide:
         """The guide of prompts: query vectors float [B, d], token ids int64 [B, L] and their lengths int64 [B]; `trie` holds the items' vectors."""
@@ -103,7 +104,9 @@ class Guidance(nn.Module):
         logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T)
         if not self.lexical_weight:
             return logits
-        held = torch.sparse_csr_tensor(self.item_offsets, self.item_tokens, torch.ones(len(self.item_tokens), device=logits.device), (len(vectors), len(self.token_idf)))
+        held = torch.sparse_csr_tensor(
+            self.item_offsets, self.item_tokens, torch.ones(len(self.item_tokens), device=logits.device), (len(vectors), len(self.token_idf))
+        )
         return logits + self.lexical_weight * (held @ self._token_shares(token_ids, lengths).T)
 
     def _token_shares(self, token_ids: Tensor, lengths: Tensor) -> Tensor:

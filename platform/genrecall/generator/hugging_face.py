@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genrecall.config import ConfigError, from_dict, to_dict
+from genrecall.generator.guidance import Lexicon
 from genrecall.generator.model import Decoder, DecoderConfig
 
 FORMAT_VERSION = 1
@@ -209,7 +210,7 @@ def _our_state(folder: Path, config: DecoderConfig, weights: dict[str, Tensor]) 
         if name not in weights:
             missing.append(name)
             return torch.empty(0)
-        return weights[name].float()
+        return weights[name].float() if weights[name].is_floating_point() else weights[name]
 
     state = {"norm.weight": take("model.norm.weight")}
     text, codes = config.text_vocab_size, sum(config.level_sizes)
@@ -225,7 +226,8 @@ def _our_state(folder: Path, config: DecoderConfig, weights: dict[str, Tensor]) 
     if config.soft_prompt_dim:
         state |= {name: take(name) for name in ("soft_prompt.weight", "soft_prompt.bias")}
     if config.guide_sharpness:
-        state["guidance.level_weights"] = take("guidance.level_weights")
+        names = ("level_weights", *(Lexicon._fields if config.guide_lexical else ()))
+        state |= {f"guidance.{name}": take(f"guidance.{name}") for name in names}
     for index in range(config.num_layers):
         ours, theirs = f"layers.{index}.", f"model.layers.{index}."
         state |= {ours + own: take(theirs + name) for own, name in _LAYER_NAMES.items()}

@@ -17,7 +17,7 @@ K key/value heads, e head size, V vocabulary, A1..A3 alphabet sizes, P (code, gr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,7 +47,8 @@ class DecoderConfig:
         head_dim: size of a head; hidden_size / num_heads if None.
         soft_prompt_dim: size of the query encoder's vector; 0 for none.
         soft_prompt_tokens: tokens that vector becomes.
-        guide_sharpness: t of the dense guidance, see `guidance.py`, which needs that vector; 0 for none.
+        guide_sharpness: t of the guidance, see `guidance.py`, which needs that vector; 0 for none.
+        guide_lexical, guide_items, guide_entries: its weight of the query's words (0 for none), and the sizes of its lexicon.
         max_positions: longest sequence, soft tokens and answer included.
     """
 
@@ -66,6 +67,9 @@ class DecoderConfig:
     soft_prompt_dim: int = 0
     soft_prompt_tokens: int = 1
     guide_sharpness: float = 0.0
+    guide_lexical: float = 0.0
+    guide_items: int = 0
+    guide_entries: int = 0
     max_positions: int = 512
 
     def problems(self) -> list[str]:
@@ -98,6 +102,8 @@ class DecoderConfig:
             found.append(f"guide_sharpness: must be 0 (no guidance) or more, got {self.guide_sharpness}")
         if self.guide_sharpness and not self.soft_prompt_dim:
             found.append("guide_sharpness: guidance needs the query encoder's vector; set soft_prompt_dim, or guide_sharpness=0")
+        if self.guide_lexical < 0 or (self.guide_lexical and not (self.guide_sharpness and self.guide_items)):
+            found.append(f"guide_lexical: must be 0, or positive with guide_sharpness and a lexicon (guide_items, guide_entries), got {self.guide_lexical}")
         if min(self.level_sizes) < 0 or (min(self.level_sizes) == 0 and max(self.level_sizes) > 0):
             found.append(f"level_sizes: must be three sizes of at least 1, or all 0 for a text model, got {self.level_sizes}")
         codes3 = self.level_sizes[2]
@@ -194,14 +200,12 @@ class PromptState(NamedTuple):
     layers: per layer, keys and values [B, K, L, e]; entries past a row's length are padding.
     lengths: int64 [B], soft tokens included. padding: float [B, 1, 1, L], 0 at tokens and -inf at padding.
     last_hidden: [B, d], the normed hidden state of each prompt's last token: it predicts level 1.
-    soft: [B, soft_prompt_dim], the query encoder's vectors; None for prompts without.
     """
 
     layers: list[KeysValues]
     lengths: Tensor
     padding: Tensor
     last_hidden: Tensor
-    soft: Tensor | None
 
 
 class Rotation(NamedTuple):
@@ -364,7 +368,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.soft_prompt = nn.Linear(config.soft_prompt_dim, config.soft_prompt_tokens * config.hidden_size) if config.soft_prompt_dim else None
-        self.guidance = Guidance(config.guide_sharpness) if config.guide_sharpness else None
+        self.guidance = None
+        if config.guide_sharpness:
+            lexicon = {"vocab_size": config.text_vocab_size, "items": config.guide_items, "entries": config.guide_entries}
+            self.guidance = Guidance(config.guide_sharpness, lexical_weight=config.guide_lexical, **lexicon)
         e = config.head_size
         frequencies = config.rope_theta ** -(torch.arange(0, e, 2, dtype=torch.int64).float() / e)
         angles = (torch.arange(config.max_positions).float()[:, None] * frequencies)[:, None]
@@ -463,7 +470,7 @@ class Decoder(nn.Module):
             caches.append(cache)
         outside = torch.arange(width, device=hidden.device) >= lengths[:, None]
         padding = torch.zeros_like(outside, dtype=hidden.dtype).masked_fill(outside, -math.inf)[:, None, None]
-        return PromptState(caches, lengths, padding, self.norm(hidden).squeeze(1), prompts.soft)
+        return PromptState(caches, lengths, padding, self.norm(hidden).squeeze(1))
 
     def extend(self, embedded: Tensor, state: PromptState, past: list[KeysValues] | None = None) -> tuple[Tensor, list[KeysValues]]:
         """Read T more tokens of G suffixes per prompt; a suffix sees its prompt and itself, not the others.
@@ -499,7 +506,7 @@ class Decoder(nn.Module):
         *,
         soft_prompt_dim: int = 0,
         soft_prompt_tokens: int = 1,
-        guide_sharpness: float = 0.0,
+        guide: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> Decoder:
         """A decoder with this one's weights and new rows for the SIDs' codes, drawn with the text rows' mean and spread.
@@ -511,7 +518,7 @@ class Decoder(nn.Module):
         if any(from_config.level_sizes):
             raise ConfigError([f"extend_for_sids: the decoder has SID levels {from_config.level_sizes} already; extend the text model it came from"])
         changes = {"level_sizes": level_sizes, "groups": groups, "soft_prompt_dim": soft_prompt_dim, "soft_prompt_tokens": soft_prompt_tokens}
-        changes["guide_sharpness"] = guide_sharpness
+        changes |= dict(guide or {})
         extended = Decoder(DecoderConfig(**{**from_config.__dict__, **changes}), seed=seed)
         extended.to(self.device, self.cos.dtype)
         extended.load_state_dict(self.state_dict(), strict=False)

@@ -53,16 +53,16 @@ class GeneratedSids(NamedTuple):
     """The best SIDs of R requests.
 
     sid_rows: int32 [R, W], best first, -1 where there are fewer valid SIDs. scores: float32 [R, W], natural-log probabilities, -inf there.
-    vectors: float32 [R, d], the query vectors, for `Retriever.expand`; None without an encoder in the prompts.
+    prompts: R pairs of query vector float32 [d] and the prompt's token ids int64 [L], for `Retriever.expand`; None without query vectors.
     """
 
     sid_rows: np.ndarray
     scores: np.ndarray
-    vectors: np.ndarray | None
+    prompts: list[tuple[Tensor, Tensor]] | None
 
-    def of(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """What one request got: SID rows [W], scores [W], query vector [d]."""
-        return self.sid_rows[row], self.scores[row], None if self.vectors is None else self.vectors[row]
+    def of(self, row: int) -> tuple[np.ndarray, np.ndarray, tuple[Tensor, Tensor] | None]:
+        """What one request got: SID rows [W], scores [W], and its prompt."""
+        return self.sid_rows[row], self.scores[row], None if self.prompts is None else self.prompts[row]
 
 
 class Retriever:
@@ -77,7 +77,7 @@ class Retriever:
         personalised: whether prompts hold the shopper, unless a call says otherwise.
 
     Raises:
-        RetrieverError: model, trie and table of different SID spaces, or no encoder where prompts need one.
+        RetrieverError: model, trie and table of different SID spaces, no encoder where prompts need one, or a guided model without its trie and support.
     """
 
     def __init__(
@@ -100,6 +100,11 @@ class Retriever:
             )
         if encoder is None and prompt_builder.soft_prompt:
             raise RetrieverError("encoder: needed, because the generator was trained with soft prompts")
+        if model.guidance is not None and (support != "trie" or trie.item_vectors is None):
+            raise RetrieverError(
+                f"the generator is guided: it needs support 'trie' (got {support!r}) and a trie with its items' vectors "
+                f"({'missing: rerun jobs/build_sid_index.py' if trie.item_vectors is None else 'there'})"
+            )
         self.model = model.eval()
         self.prompt_builder = prompt_builder
         self.trie, self.index, self.table = trie, index, table
@@ -158,7 +163,7 @@ class Retriever:
         sid_rows = np.full((count, beam_size), -1, dtype=np.int32)
         scores = np.full((count, beam_size), -np.inf, dtype=np.float32)
         device = self.trie.device
-        soft: list[Tensor] = []
+        read: list[tuple[Tensor, Tensor]] = []
         for start in range(0, count, MAX_BATCH):
             part = slice(start, min(start + MAX_BATCH, count))
             prompts = self.prompts(queries[part], genders[part], age_bands[part], histories[part], personalised=personalised)
@@ -166,8 +171,9 @@ class Retriever:
             width = found.sid_rows.shape[1]
             sid_rows[part, :width] = found.sid_rows.cpu().numpy()
             scores[part, :width] = found.scores.float().cpu().numpy()
-            soft += [] if prompts.soft is None else [prompts.soft]
-        return GeneratedSids(sid_rows, scores, torch.cat(soft).float().numpy() if soft else None)
+            if prompts.soft is not None:
+                read += [(vector, ids[:length]) for vector, ids, length in zip(prompts.soft, prompts.token_ids, prompts.lengths.tolist(), strict=True)]
+        return GeneratedSids(sid_rows, scores, read or None)
 
     def recall(
         self,
@@ -184,25 +190,23 @@ class Retriever:
         generated = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised)
         return [self.expand(*generated.of(row), limit) for row in range(len(queries))]
 
-    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, vector: np.ndarray | None, limit: int) -> RecallResult:
-        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]; `vector` float32 [d] is the query's."""
-        if self.model.guidance is None or vector is None:
+    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, prompt: tuple[Tensor, Tensor] | None, limit: int) -> RecallResult:
+        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]; `prompt` as `GeneratedSids` has it."""
+        if self.model.guidance is None or prompt is None:
             item_rows, rank = self.index.expand(sid_rows, limit)
             return RecallResult(item_rows, sid_rows[rank], scores[rank])
         item_rows, rank = self.index.expand(sid_rows, np.iinfo(np.int32).max)
-        item_scores = scores[rank] + self._log_share(sid_rows, rank, vector)
+        item_scores = scores[rank] + self._log_share(sid_rows, rank, prompt)
         best = np.argsort(-item_scores, kind="stable")[:limit]
         return RecallResult(item_rows[best], sid_rows[rank[best]], item_scores[best].astype(np.float32))
 
-    def _log_share(self, sid_rows: np.ndarray, rank: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    def _log_share(self, sid_rows: np.ndarray, rank: np.ndarray, prompt: tuple[Tensor, Tensor]) -> np.ndarray:
         """log p(item | its SID, query) float32 [m], of all items of SIDs [n] in order; `rank` [m] is each item's SID among them."""
-        guidance, vectors = self.model.guidance, self.trie.item_vectors
-        assert guidance is not None
-        assert vectors is not None
+        assert self.model.guidance is not None
         first = np.searchsorted(rank, np.arange(len(sid_rows)))  # place of each SID's first item in `rank`
         positions = self.index.offsets[np.maximum(sid_rows, 0)][rank] + (np.arange(len(rank)) - first[rank])
-        cosines = vectors[torch.from_numpy(positions).to(vectors.device)].float().cpu().numpy() @ vector
-        logits = guidance.sharpness * guidance.level_weights[-1].item() * cosines
+        vector, token_ids = (part.to(self.trie.device) for part in prompt)
+        logits = self.model.guidance.logits_of_items(vector, token_ids, torch.from_numpy(positions).to(self.trie.device), self.trie).cpu().numpy()
         best = np.full(len(sid_rows), -np.inf, dtype=np.float32)
         np.maximum.at(best, rank, logits)
         total = np.bincount(rank, weights=np.exp(logits - best[rank]), minlength=len(sid_rows))

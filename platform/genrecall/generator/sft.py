@@ -31,10 +31,12 @@ from genrecall.config import from_dict, to_dict
 from genrecall.data.catalog import Catalog, load_catalog
 from genrecall.data.interactions import Requests, known_at_split, load_requests
 from genrecall.device import default_device
+from genrecall.encoders.embed import item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.calibration import choose_decoder_weight, weighted_decoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import Batches
+from genrecall.generator.guidance import Lexicon
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.tokenizer import QueryTokenizer
@@ -49,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 ALGORITHM_VERSION = 2
 STAGES = ("stage1", "stage2", "stage3")
+_LEXICON_TOKENS = 128
+"""Tokens of an item's text that its lexicon entry is made of, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +76,8 @@ class GeneratorConfig:
         base_model: a Hugging Face Qwen2 folder to start from; its sizes and tokenizer replace `vocab_size` and the decoder's sizes.
         soft_prompt: put the encoder's query vector in front of every prompt.
         guided: let the encoder's own opinion of every prefix count too, see `guidance.py`. Without both the generator is the paper's.
-        guide_sharpness: by how much a cosine counts there; an encoder trained at temperature T says 1 / T.
+        guide_sharpness, guide_lexical: by how much a cosine counts there (an encoder trained at temperature T says 1 / T), and the words that
+            query and item share (0: not at all).
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
         stage2_item_fraction: share of stage-2 examples that are stage 1's.
@@ -96,6 +101,7 @@ class GeneratorConfig:
     soft_prompt_tokens: int = 1
     guided: bool = True
     guide_sharpness: float = 20.0
+    guide_lexical: float = 4.0
     max_query_tokens: int = 24
     max_title_tokens: int = 32
     max_history: int = 8
@@ -141,8 +147,14 @@ class GeneratorConfig:
             found.append("guided: needs the query vectors that soft_prompt=true brings; set guided=false too")
         if self.guide_sharpness <= 0:
             found.append(f"guide_sharpness: must be positive, got {self.guide_sharpness}; guided=false switches guidance off")
-        elif not self.guided and self.guide_sharpness != GeneratorConfig.__dataclass_fields__["guide_sharpness"].default:
-            found.append("guide_sharpness: has no effect with guided=false; leave it out")
+        if self.guide_lexical < 0:
+            found.append(f"guide_lexical: must not be negative, got {self.guide_lexical}")
+        defaults = GeneratorConfig.__dataclass_fields__
+        found += [
+            f"{name}: has no effect with guided=false; leave it out"
+            for name in ("guide_sharpness", "guide_lexical")
+            if not self.guided and getattr(self, name) != defaults[name].default
+        ]
         if self.stage2_item_fraction == 1:
             found.append("stage2_item_fraction: must be below 1, else stage 2 sees no query")
         if self.stage3_query_fraction == 1:
@@ -151,7 +163,6 @@ class GeneratorConfig:
             found += self.decoder_config(self.vocab_size, None, 0).problems()
         else:
             sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
-            defaults = GeneratorConfig.__dataclass_fields__
             found += [
                 f"{name}: has no effect with base_model={self.base_model!r}, whose size counts; leave it out"
                 for name in sizes
@@ -159,7 +170,16 @@ class GeneratorConfig:
             ]
         return found
 
-    def decoder_config(self, text_vocab_size: int, table: SidTable | None, soft_prompt_dim: int) -> DecoderConfig:
+    def guide_config(self, lexicon: Lexicon | None) -> dict[str, float]:
+        """The decoder's settings of the guidance; without a lexicon words do not count."""
+        if not self.guided:
+            return {}
+        if lexicon is None or not self.guide_lexical:
+            return {"guide_sharpness": self.guide_sharpness}
+        sizes = {"guide_items": len(lexicon.item_offsets) - 1, "guide_entries": len(lexicon.item_tokens)}
+        return {"guide_sharpness": self.guide_sharpness, "guide_lexical": self.guide_lexical, **sizes}
+
+    def decoder_config(self, text_vocab_size: int, table: SidTable | None, soft_prompt_dim: int, lexicon: Lexicon | None = None) -> DecoderConfig:
         """The decoder trained from scratch (without SID levels where `table` is None)."""
         return DecoderConfig(
             text_vocab_size=text_vocab_size,
@@ -172,7 +192,7 @@ class GeneratorConfig:
             intermediate_size=self.intermediate_size,
             soft_prompt_dim=soft_prompt_dim if self.soft_prompt else 0,
             soft_prompt_tokens=self.soft_prompt_tokens,
-            guide_sharpness=self.guide_sharpness if self.guided and soft_prompt_dim else 0.0,
+            **(self.guide_config(lexicon) if soft_prompt_dim else {}),  # type: ignore[arg-type]
             max_positions=self.soft_prompt_tokens + 3 + max(9 + 3 * self.max_history + self.max_query_tokens, 2 + self.max_title_tokens),
         )
 
@@ -187,28 +207,42 @@ def train_tokenizer(config: GeneratorConfig, catalog: Catalog, requests: Request
     return QueryTokenizer.train(texts, config.vocab_size, genders=requests.genders, age_bands=requests.age_bands)
 
 
-def build_decoder(config: GeneratorConfig, tokenizer: QueryTokenizer, table: SidTable, soft_prompt_dim: int) -> Decoder:
+def build_lexicon(catalog: Catalog, item_rows: np.ndarray, tokenizer: QueryTokenizer, counted: np.ndarray) -> Lexicon:
+    """The lexicon of the items int [N] in the index's order; token frequencies are those of the catalogue rows marked in `counted` [N]."""
+    texts = item_text(catalog)
+    ids, offsets = tokenizer.encode_batch([texts[row] for row in item_rows], _LEXICON_TOKENS)
+    return Lexicon.build(ids, offsets, tokenizer.vocab_size, counted[item_rows])
+
+
+def build_decoder(config: GeneratorConfig, tokenizer: QueryTokenizer, table: SidTable, soft_prompt_dim: int, lexicon: Lexicon | None = None) -> Decoder:
     """A fresh decoder, or the base model with rows for the SIDs.
 
     Raises:
         ValueError: the base model's embedding has no room for the markers.
     """
     if config.base_model is None:
-        return Decoder(config.decoder_config(tokenizer.vocab_size, table, soft_prompt_dim), seed=config.seed)
+        return _with_lexicon(Decoder(config.decoder_config(tokenizer.vocab_size, table, soft_prompt_dim, lexicon), seed=config.seed), lexicon)
     text_model = Decoder.from_pretrained(Path(config.base_model))
     if text_model.config.text_vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"base_model={config.base_model!r}: its embedding has {text_model.config.text_vocab_size} rows, tokenizer and markers need {tokenizer.vocab_size}; "
             "resize its embedding first"
         )
-    return text_model.extend_for_sids(
+    extended = text_model.extend_for_sids(
         table.space.level_sizes,
         table.space.groups,
         soft_prompt_dim=soft_prompt_dim if config.soft_prompt else 0,
         soft_prompt_tokens=config.soft_prompt_tokens,
-        guide_sharpness=config.guide_sharpness if config.guided else 0.0,
+        guide=config.guide_config(lexicon),
         seed=config.seed,
     )
+    return _with_lexicon(extended, lexicon)
+
+
+def _with_lexicon(model: Decoder, lexicon: Lexicon | None) -> Decoder:
+    if lexicon is not None and model.guidance is not None and model.config.guide_lexical:
+        model.guidance.set_lexicon(lexicon)
+    return model
 
 
 def sft_loss(
@@ -249,11 +283,13 @@ def _loop(loop_config: dict[str, Any]) -> None:
     table = load_sid_table(sid_index.path)
     encoder = load_encoder(encoder_artifact.path)
     tokenizer = QueryTokenizer.from_json(loop_config["tokenizer"])
-    model = build_decoder(config, tokenizer, table, encoder.dim)
+    index, requests = load_index(sid_index.path), load_requests(dataset, "train", catalog)
+    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known_at_split(catalog, requests)) if config.guided and config.guide_lexical else None
+    model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
     builder = make_prompt_builder(
         config, tokenizer, model.config.level_offsets, table, np.load(encoder_artifact.file("item_embeddings.npy"), allow_pickle=False)
     )
-    data = build_training_data(config, catalog, load_requests(dataset, "train", catalog), table, builder, encoder)
+    data = build_training_data(config, catalog, requests, table, builder, encoder)
     vectors = data.vectors if config.soft_prompt else None
     runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]
     trie = load_trie(sid_index.path, default_device())
@@ -269,7 +305,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
     validation = (
         Validation.build(builder, load_requests(dataset, "validation", catalog), config.validation_requests, table, encoder) if worker.rank == 0 else None
     )
-    retriever = Retriever(model, builder, trie, load_index(sid_index.path), table, encoder, support=config.support)
+    retriever = Retriever(model, builder, trie, index, table, encoder, support=config.support)
     state = worker.resume()
     step, record = int(state.get("step", 0)), list(state.get("stages", []))
     begin = 0

@@ -298,8 +298,8 @@ def _batch_size(config: AlignConfig, eligible: int, world_size: int, *, quiet: b
 
 def _load(model: Decoder, weights: Mapping[str, NDArray[np.float32]]) -> None:
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(torch.from_numpy(weights[name]))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(weights[name]))
 
 
 def _by_interest(name: str) -> int:

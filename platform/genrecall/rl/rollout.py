@@ -108,11 +108,11 @@ class RolloutWorker:
         """
         if version == self.version:
             return
-        state = self._model.state_dict()
-        if set(state) != set(weights):
-            raise ValueError(f"weights of version {version}: expected those of the rollout model, got other names: {sorted(set(state) ^ set(weights))[:4]}")
-        for name, tensor in state.items():
-            tensor.copy_(torch.tensor(weights[name]))
+        own = dict(self._model.named_parameters())
+        if set(own) != set(weights):
+            raise ValueError(f"weights of version {version}: expected those of the rollout model, got other names: {sorted(set(own) ^ set(weights))[:4]}")
+        for name, parameter in own.items():
+            parameter.copy_(torch.tensor(weights[name]))
         self.version = version
 
     @torch.no_grad()
@@ -175,5 +175,5 @@ class RolloutActor:
 
 
 def weights_of(model: Decoder) -> dict[str, NDArray[np.float32]]:
-    """The model's weights as float32 arrays, the form in which they travel to the rollout actors."""
-    return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+    """What training changes, as float32 arrays, the form in which it travels to the rollout actors; they have the lexicon with the decoder."""
+    return {name: parameter.detach().float().cpu().numpy().copy() for name, parameter in model.named_parameters()}

@@ -23,9 +23,9 @@ from genrecall.encoders.text_encoder import load_encoder, save_towers
 from genrecall.encoders.towers import NgramTowers
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder
-from genrecall.generator.sft import GeneratorConfig, build_decoder, train_tokenizer
+from genrecall.generator.sft import GeneratorConfig, build_decoder, build_lexicon, train_tokenizer
 from genrecall.generator.training_data import make_prompt_builder
-from genrecall.sid.index import SidIndex, load_sid_table
+from genrecall.sid.index import SidIndex, load_index, load_sid_table
 from genrecall.sid.semantic_id import SidSpace, SidTable
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage
@@ -165,7 +165,8 @@ def line(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
         indexes[variant] = write(root / variant / "sid_index", "sid_index", fill_index, parents={"dataset": dataset}, name=variant)
         loaded = load_sid_table(indexes[variant].path)
         tokenizer = train_tokenizer(config, catalog, load_requests(dataset, "train", catalog))
-        models[variant] = model = build_decoder(config, tokenizer, loaded, 16)
+        lexicon = build_lexicon(catalog, load_index(indexes[variant].path).item_rows, tokenizer, np.ones(30, dtype=bool)) if config.guided else None
+        models[variant] = model = build_decoder(config, tokenizer, loaded, 16, lexicon)
         builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, embeddings)
 
         def fill_generator(folder: Path, model: Decoder = model, builder: PromptBuilder = builder, support: str = config.support) -> None:

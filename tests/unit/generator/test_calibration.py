@@ -13,8 +13,10 @@ from genrecall.data.interactions import Requests
 from genrecall.generator.calibration import DECODER_WEIGHTS, choose_decoder_weight, weighted_decoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.guidance import Guide
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
 from genrecall.generator.retriever import Retriever
+from genrecall.generator.sft import build_lexicon
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.sid.index import SidIndex
 from genrecall.sid.trie import Trie
@@ -26,6 +28,7 @@ SPACE = (5, 10, 2)
 def guided(catalog, table, encoder) -> Retriever:
     """A guided generator over fifty SIDs of one item each, whose untrained decoder is as sure of its noise as the encoder of its cosines."""
     tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f", "m"], age_bands=[])
+    lexicon = build_lexicon(catalog, np.arange(50), tokenizer, np.ones(50, dtype=bool))
     config = DecoderConfig(
         text_vocab_size=tokenizer.vocab_size,
         level_sizes=SPACE,
@@ -36,8 +39,12 @@ def guided(catalog, table, encoder) -> Retriever:
         intermediate_size=16,
         soft_prompt_dim=encoder.dim,
         guide_sharpness=4.0,
+        guide_lexical=1.0,
+        guide_items=50,
+        guide_entries=len(lexicon.item_tokens),
     )
     model = Decoder(config, seed=1)
+    model.guidance.set_lexicon(lexicon)
     with torch.no_grad():
         model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
         model.norm.weight.copy_(torch.linspace(20.0, 40.0, 16))
@@ -49,6 +56,12 @@ def guided(catalog, table, encoder) -> Retriever:
 def prompts_of(retriever: Retriever, queries: Sequence[str]) -> Prompts:
     builder = retriever.prompt_builder
     return builder.prompts(builder.query_bank(queries), np.arange(len(queries)), retriever.encoder.encode_queries(queries))
+
+
+def guide_of(retriever: Retriever, prompts: Prompts) -> Guide:
+    with torch.no_grad():
+        guide: Guide = retriever.model.guidance(prompts.soft, prompts.token_ids, prompts.lengths, retriever.trie)
+    return guide
 
 
 def level_logits(model: Decoder, prompts: Prompts, tokens: tuple[int, int]) -> list[torch.Tensor]:
@@ -66,9 +79,9 @@ def level_logits(model: Decoder, prompts: Prompts, tokens: tuple[int, int]) -> l
 @pytest.mark.parametrize("weight", [1.0, 0.75, 0.25])
 def test_weight_multiplies_every_logit_of_the_decoder_and_leaves_guidance_alone(guided, weight):
     model, prompts = guided.model, prompts_of(guided, ["red lamp", "drill"])
-    own, guide = level_logits(model, prompts, (3, 7)), model.guidance(prompts.soft, guided.trie)
+    own, guide = level_logits(model, prompts, (3, 7)), guide_of(guided, prompts)
     with weighted_decoder(model, weight):
-        weighted, same = level_logits(model, prompts, (3, 7)), model.guidance(prompts.soft, guided.trie)
+        weighted, same = level_logits(model, prompts, (3, 7)), guide_of(guided, prompts)
     assert max(float(one.abs().max()) for one in own) > 1
     for one, other in zip(own, weighted, strict=True):
         torch.testing.assert_close(other, weight * one)
@@ -81,7 +94,7 @@ def test_weighted_search_is_over_the_weighted_logits_plus_guidance(guided):
     prompts = prompts_of(guided, ["red lamp"])
     targets = torch.tensor([[[3, 7, 0]]])
     first, second, _ = level_logits(guided.model, prompts, (3, 7))
-    guide = guided.model.guidance(prompts.soft, guided.trie)
+    guide = guide_of(guided, prompts)
     level1 = (0.5 * first[0] + guide.level1[0]).log_softmax(-1)[3].item()
     level2 = (0.5 * second[0] + guide.nodes2[0, 30:40]).log_softmax(-1)[7].item()
     with torch.no_grad(), weighted_decoder(guided.model, 0.5):

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen2ForCausalLM
 
 from genrecall.generator.decoding import SUPPORTS, DecodingError, PrefixMasks, beam_search, group_log_probs, sample_group
+from genrecall.generator.guidance import Lexicon
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
 from genrecall.sid.trie import Trie
 
@@ -34,16 +35,32 @@ CONFIG = DecoderConfig(
     max_positions=64,
 )
 ALL_PATHS = np.array(list(itertools.product(*map(range, CONFIG.alphabet_sizes))), dtype=np.int32)
-ROWS = [[1, 2, 3], [4, 5, 6, 7, 8, 31], [9]]
-GUIDED = "guided"
-SAMPLED = ("level", "trie", GUIDED)
-KINDS = (*SUPPORTS, GUIDED)
-"""A support, or a guided decoder, whose support is "trie"."""
+ROWS = [[1, 2, 3], [4, 5, 6, 7, 5, 31], [9]]
+ITEMS = 90
+"""Items of every trie, however many SIDs it has."""
+GUIDED, WORDED = "guided", "worded"
+BY_ENCODER = (GUIDED, WORDED)
+SAMPLED = ("level", "trie", *BY_ENCODER)
+KINDS = (*SUPPORTS, *BY_ENCODER)
+"""A support, or a decoder guided by vectors, or by vectors and words, whose support is "trie"."""
+
+
+@functools.cache
+def some_lexicon() -> Lexicon:
+    """One to six of the thirty text tokens an item; a fifth of the items do not count."""
+    rng = np.random.default_rng(6)
+    offsets = np.concatenate([[0], rng.integers(1, 7, ITEMS).cumsum()])
+    return Lexicon.build(rng.integers(0, CONFIG.text_vocab_size, offsets[-1]), offsets, CONFIG.text_vocab_size, rng.random(ITEMS) < 0.8)
 
 
 @functools.cache
 def decoder(kind: str = "level") -> Decoder:
-    model = Decoder(dataclasses.replace(CONFIG, guide_sharpness=3.0 if kind == GUIDED else 0.0), seed=2)
+    config = dataclasses.replace(CONFIG, guide_sharpness=3.0 if kind in BY_ENCODER else 0.0)
+    if kind == WORDED:
+        config = dataclasses.replace(config, guide_lexical=4.0, guide_items=ITEMS, guide_entries=len(some_lexicon().item_tokens))
+    model = Decoder(config, seed=2)
+    if kind == WORDED:
+        model.guidance.set_lexicon(some_lexicon())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("tokens."):  # spread the logits, so that the order is not within rounding
@@ -56,14 +73,14 @@ def decoder(kind: str = "level") -> Decoder:
 
 
 def support_of(kind: str) -> str:
-    return "trie" if kind == GUIDED else kind
+    return "trie" if kind in BY_ENCODER else kind
 
 
 def trie_of(rows: Sequence[int]) -> Trie:
-    """SIDs of one to three items each."""
+    """SIDs that share `ITEMS` items, at least one each."""
     rng = np.random.default_rng(len(rows))
-    offsets = np.concatenate([[0], rng.integers(1, 4, len(rows)).cumsum()])
-    vectors = rng.standard_normal((offsets[-1], CONFIG.soft_prompt_dim)) / 3
+    offsets = np.concatenate([[0], np.sort(rng.choice(np.arange(1, ITEMS), len(rows) - 1, replace=False)), [ITEMS]])
+    vectors = rng.standard_normal((ITEMS, CONFIG.soft_prompt_dim)) / 3
     return Trie.from_tokens(ALL_PATHS[sorted(rows)], CONFIG.alphabet_sizes).with_items(vectors, offsets)
 
 
@@ -80,10 +97,21 @@ def paths_of(trie: Trie) -> Tensor:
     return trie.tokens_of(torch.arange(len(trie)))
 
 
-def plain_guide(model: Decoder, vector: Tensor, prefix: list[int], trie: Trie) -> Tensor:
-    """Log of the share that each child of a prefix has in the dense mass below the prefix; 0 at other tokens."""
+def plain_words(ids: Sequence[int]) -> list[float]:
+    """The share of the idf of the prompt's text tokens that each item holds."""
+    ends, tokens, idf = (part.tolist() for part in some_lexicon())
+    asked = {token for token in ids if token < CONFIG.text_vocab_size}
+    total = sum(idf[token] for token in asked)
+    return [sum(idf[token] for token in asked & set(tokens[start:end])) / total for start, end in itertools.pairwise(ends)]
+
+
+def plain_guide(model: Decoder, vector: Tensor, ids: Sequence[int], prefix: list[int], trie: Trie) -> Tensor:
+    """Log of the share that each child of a prefix has in the guidance's mass below the prefix; 0 at other tokens."""
     below = [0.0] * CONFIG.alphabet_sizes[len(prefix)]
-    weights = (model.guidance.sharpness * (trie.item_vectors.float() @ vector)).exp().tolist()
+    logits = model.guidance.sharpness * (trie.item_vectors.float() @ vector)
+    if model.guidance.lexical_weight:
+        logits = logits + model.guidance.lexical_weight * torch.tensor(plain_words(ids))
+    weights = logits.exp().tolist()
     for sid_row, path in enumerate(paths_of(trie).tolist()):
         if path[: len(prefix)] == prefix:
             below[path[len(prefix)]] += sum(weights[trie.item_offsets[sid_row] : trie.item_offsets[sid_row + 1]])
@@ -94,7 +122,8 @@ def plain_log_prob(model: Decoder, prompts: Prompts, row: int, prefix: list[int]
     """Next token's log-probabilities over its level's alphabet, from one unpadded sequence, without any cache."""
     level = len(prefix)
     single = prompts.take(slice(row, row + 1))
-    ids = [*single.token_ids[0, : int(single.lengths[0])].tolist(), *(offset + token for offset, token in zip(CONFIG.level_offsets, prefix, strict=False))]
+    prompt = single.token_ids[0, : int(single.lengths[0])].tolist()
+    ids = [*prompt, *(offset + token for offset, token in zip(CONFIG.level_offsets, prefix, strict=False))]
     embedded, _ = model.embed_prompts(Prompts(torch.tensor([ids]), torch.tensor([len(ids)]), single.soft))
     logits = model.logits(model(embedded))[0, -1]
     first = CONFIG.level_offsets[level]
@@ -102,7 +131,7 @@ def plain_log_prob(model: Decoder, prompts: Prompts, row: int, prefix: list[int]
         return logits.log_softmax(-1)[first : first + CONFIG.alphabet_sizes[level]]
     logits = logits[first : first + CONFIG.alphabet_sizes[level]]
     if model.guidance is not None:
-        logits = logits + model.guidance.level_weights[level] * plain_guide(model, single.soft[0], prefix, trie)
+        logits = logits + model.guidance.level_weights[level] * plain_guide(model, single.soft[0], prompt, prefix, trie)
     if support == "trie":
         children = {path[level] for path in paths_of(trie).tolist() if path[:level] == prefix}
         logits = logits.masked_fill(torch.tensor([token not in children for token in range(len(logits))]), -math.inf)
@@ -122,7 +151,7 @@ def plain_beam_search(model: Decoder, prompts: Prompts, row: int, trie: Trie, be
     return beams
 
 
-@pytest.mark.parametrize(("kind", "soft"), [*itertools.product(SUPPORTS, [True, False]), (GUIDED, True)])
+@pytest.mark.parametrize(("kind", "soft"), [*itertools.product(SUPPORTS, [True, False]), (GUIDED, True), (WORDED, True)])
 def test_a_beam_that_covers_everything_finds_what_enumeration_finds(kind: str, soft: bool) -> None:
     model, support, trie, prompts = decoder(kind), support_of(kind), some_trie(), some_prompts(soft=soft)
     found = beam_search(model, prompts, trie, beam_size=45, support=support)
@@ -265,8 +294,10 @@ def test_a_beam_whose_children_are_all_barred_dies() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_search_and_a_sample_never_wait_for_data(kind: str) -> None:
-    # On the meta device tensors have shapes and no values, so anything that reads a value fails.
+def test_a_search_and_a_sample_never_wait_for_data(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On the meta device tensors have shapes and no values, so anything that reads a value fails. It has no sparse product: for that one step of
+    # the words a dense matrix of the same shape stands in, and what the step does on a GPU is not seen here.
+    monkeypatch.setattr(torch, "sparse_csr_tensor", lambda offsets, tokens, values, size: torch.empty(size, device=values.device))
     model, support = copy.deepcopy(decoder(kind)).to("meta"), support_of(kind)
     trie, prompts = some_trie().to("meta"), some_prompts().to("meta")
     masks = PrefixMasks.from_leaves(trie, torch.ones(3, 40, dtype=torch.bool, device="meta"))
@@ -362,8 +393,9 @@ def test_a_temperature_divides_the_logits(kind: str) -> None:
     torch.testing.assert_close(group_log_probs(model, prompts, tokens, support=support, trie=trie, temperature=0.5), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_search_scores_as_group_log_probs_do_position_by_position() -> None:
-    model, trie, prompts = decoder(GUIDED), some_trie(), some_prompts()
+@pytest.mark.parametrize("kind", BY_ENCODER)
+def test_a_search_scores_as_group_log_probs_do_position_by_position(kind: str) -> None:
+    model, trie, prompts = decoder(kind), some_trie(), some_prompts()
     tokens = paths_of(trie).expand(3, -1, -1)
     with torch.no_grad():
         by_group = group_log_probs(model, prompts, tokens, support="trie", trie=trie).sum(-1)
@@ -379,14 +411,26 @@ def test_a_search_scores_as_group_log_probs_do_position_by_position() -> None:
         torch.testing.assert_close(filtered.scores[row, : len(expected.values)], expected.values, atol=1e-4, rtol=0)
 
 
-def test_guidance_learns_its_weights_and_leaves_vectors_alone() -> None:
-    model, trie, prompts = decoder(GUIDED), some_trie(), some_prompts()
+def test_guidance_learns_its_weights_and_leaves_vectors_and_lexicon_alone() -> None:
+    model, trie, prompts = decoder(WORDED), some_trie(), some_prompts()
     model.zero_grad()
     tokens = paths_of(trie)[torch.tensor([[0, 1], [2, 3], [4, 5]])]
     group_log_probs(model, prompts, tokens, support="trie", trie=trie).sum().backward()
     assert (model.guidance.level_weights.grad.abs() > 1e-3).all()
     assert model.soft_prompt.weight.grad.abs().sum() > 0  # the vector also reaches the prompt
     assert not trie.item_vectors.requires_grad
+    assert not any(getattr(model.guidance, name).requires_grad for name in Lexicon._fields)
+
+
+def test_the_words_change_the_answer_of_their_row_only() -> None:
+    model, trie, prompts = decoder(WORDED), some_trie(), some_prompts()
+    guide = model.guidance(prompts.soft, prompts.token_ids, prompts.lengths, trie)
+    changed = prompts.token_ids.clone()
+    changed[1, 0] = 20
+    other = model.guidance(prompts.soft, changed, prompts.lengths, trie)
+    for one, two in zip(guide, other, strict=True):
+        torch.testing.assert_close(one[[0, 2]], two[[0, 2]])
+    assert (other.leaves[1] - guide.leaves[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", SAMPLED)
@@ -454,7 +498,7 @@ def test_what_cannot_be_decoded_is_refused() -> None:
 
 
 def test_what_cannot_be_guided_is_refused() -> None:
-    model, trie, prompts = decoder(GUIDED), some_trie(), some_prompts()
+    model, trie, prompts = decoder(WORDED), some_trie(), some_prompts()
     tokens = paths_of(trie)[torch.zeros(3, 1, dtype=torch.int64)]
     uniforms = torch.zeros(3, 1, 3)
 
@@ -475,3 +519,6 @@ def test_what_cannot_be_guided_is_refused() -> None:
     refused("trie: a guided decoder needs the trie with its items' vectors", trie=None)
     other = bare.with_items(np.zeros((1, 5)), np.array([0, 1]))
     refused("its vectors have 5 dimensions, the decoder's query vectors 8; rerun jobs/build_sid_index.py and jobs/train_generator.py", trie=other)
+    fewer = bare.with_items(np.zeros((89, 8)), np.array([0, 89]))
+    refused("trie: it holds 89 items, the decoder's lexicon 90; use the SID index that the generator was trained on", trie=fewer)
+    beam_search(decoder(GUIDED), prompts, fewer, beam_size=1, support="trie")  # without a lexicon any number will do

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from genrecall.config import ConfigError
+from genrecall.generator.guidance import Lexicon
 from genrecall.generator.hugging_face import ModelFolderError
 from genrecall.generator.model import Decoder, DecoderConfig, PromptError, Prompts
 
@@ -126,8 +128,53 @@ def test_guidance_is_saved_with_the_decoder_and_left_out_of_transformers(tmp_pat
         Decoder.from_pretrained(tmp_path)
 
 
-def test_the_same_seed_gives_the_same_weights_with_guidance_as_without() -> None:
-    guided = Decoder(DecoderConfig(**{**CONFIG.__dict__, "guide_sharpness": 5.0}), seed=4).state_dict()
+WORDS = {"guide_sharpness": 5.0, "guide_lexical": 2.5, "guide_items": 300, "guide_entries": 900}
+
+
+def lexicon_of(vocab_size: int) -> Lexicon:
+    """300 items of three tokens each."""
+    ids = np.concatenate([np.random.default_rng(item).choice(vocab_size, 3, replace=False) for item in range(300)])
+    return Lexicon.build(ids, np.arange(301) * 3, vocab_size, np.ones(300, dtype=bool))
+
+
+def worded() -> Decoder:
+    model = Decoder(DecoderConfig(**{**CONFIG.__dict__, **WORDS}), seed=3)
+    model.guidance.set_lexicon(lexicon_of(30))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lexicon_is_saved_with_the_decoder(tmp_path: Path, dtype: torch.dtype) -> None:
+    # Offsets go up to 900, of which bfloat16 would keep every eighth.
+    model = worded().to(dtype)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "genrecall.safetensors")
+    assert saved["guidance.item_offsets"].dtype == saved["guidance.item_tokens"].dtype == torch.int32
+    assert not any("guidance" in name for name in load_file(tmp_path / "model.safetensors"))
+    for again in (Decoder.from_pretrained(tmp_path), Decoder.from_pretrained(tmp_path, dtype=torch.bfloat16)):
+        assert again.config == model.config
+        assert again.guidance.lexical_weight == 2.5
+        assert torch.equal(again.guidance.item_offsets, lexicon_of(30).item_offsets)
+        assert torch.equal(again.guidance.item_tokens, lexicon_of(30).item_tokens)
+        torch.testing.assert_close(
+            again.guidance.token_idf.float(), lexicon_of(30).token_idf, rtol=2**-8 if torch.bfloat16 in (dtype, again.guidance.token_idf.dtype) else 0, atol=0
+        )
+
+
+def test_a_folder_whose_lexicon_is_missing_or_another_is_refused(tmp_path: Path) -> None:
+    worded().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "genrecall.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if name != "guidance.item_tokens"}, tmp_path / "genrecall.safetensors")
+    with pytest.raises(ModelFolderError, match=r"weights missing: guidance\.item_tokens"):
+        Decoder.from_pretrained(tmp_path)
+    save_file({**weights, "guidance.item_offsets": torch.zeros(12, dtype=torch.int32)}, tmp_path / "genrecall.safetensors")
+    with pytest.raises(ModelFolderError, match=r"guidance\.item_offsets \[12\] instead of \[301\]"):
+        Decoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"guide_sharpness": 5.0}, WORDS])
+def test_the_same_seed_gives_the_same_weights_with_guidance_as_without(change: dict) -> None:
+    guided = Decoder(DecoderConfig(**{**CONFIG.__dict__, **change}), seed=4).state_dict()
     assert all(torch.equal(tensor, guided[name]) for name, tensor in Decoder(CONFIG, seed=4).state_dict().items())
 
 
@@ -207,9 +254,11 @@ def test_a_text_model_gains_sids_and_keeps_its_text(tmp_path: Path) -> None:
     theirs = hugging_face_folder(tmp_path / "text")
     text = Decoder.from_pretrained(tmp_path / "text")
     assert text.config.alphabet_sizes == (0, 0, 0)
-    extended = text.extend_for_sids((5, 4, 6), GROUPS, soft_prompt_dim=8, guide_sharpness=7.0)
+    extended = text.extend_for_sids((5, 4, 6), GROUPS, soft_prompt_dim=8, guide={**WORDS, "guide_sharpness": 7.0})
     assert extended.guidance is not None
     assert (extended.guidance.sharpness, extended.guidance.level_weights.tolist()) == (7.0, [1.0, 1.0, 1.0])
+    assert (extended.guidance.lexical_weight, len(extended.guidance.item_offsets), len(extended.guidance.token_idf)) == (2.5, 301, 50)
+    extended.guidance.set_lexicon(lexicon_of(40))  # ten rows of the embedding are no token's
     assert text.extend_for_sids((5, 4, 6)).guidance is None
     ids = torch.randint(0, 50, (2, 7))
     with torch.no_grad():
@@ -219,6 +268,7 @@ def test_a_text_model_gains_sids_and_keeps_its_text(tmp_path: Path) -> None:
     extended.save_pretrained(tmp_path / "extended")
     again = Decoder.from_pretrained(tmp_path / "extended")
     torch.testing.assert_close(logits_of(again, ids), logits_of(extended, ids))
+    assert again.guidance.token_idf.tolist() == [*lexicon_of(40).token_idf.tolist(), *[0.0] * 10]
     with pytest.raises(ConfigError, match="has SID levels"):
         extended.extend_for_sids((5, 4, 6))
 
@@ -312,6 +362,9 @@ def test_pairs_that_were_trained_apart_are_refused(tmp_path: Path) -> None:
             {"soft_prompt_dim": 0, "guide_sharpness": 1.0},
             "guide_sharpness: guidance needs the query encoder's vector; set soft_prompt_dim, or guide_sharpness=0",
         ),
+        ({**WORDS, "guide_lexical": -1.0}, "guide_lexical: must be 0, or positive with guide_sharpness and a lexicon .*, got -1.0"),
+        ({**WORDS, "guide_sharpness": 0.0}, "guide_lexical: must be 0, or positive with guide_sharpness and a lexicon .*, got 2.5"),
+        ({**WORDS, "guide_items": 0, "guide_entries": 0}, r"with guide_sharpness and a lexicon \(guide_items, guide_entries\), got 2.5"),
     ],
 )
 def test_impossible_shapes_are_refused(change: dict, message: str) -> None:

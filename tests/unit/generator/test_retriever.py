@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from genrecall.encoders.embed import item_text
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder, DecoderConfig
 from genrecall.generator.retriever import MAX_BATCH, Retriever, RetrieverError, load_retriever
+from genrecall.generator.sft import build_lexicon
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.sid.index import SidIndex
 from genrecall.sid.semantic_id import SidSpace, SidTable
@@ -19,11 +21,13 @@ from genrecall.sid.trie import Trie
 NO_HISTORY = np.zeros(0, np.int32)
 
 
-def make_retriever(catalog, encoder, *, guide_sharpness: float) -> Retriever:
+def make_retriever(catalog, encoder, *, guide_sharpness: float, guide_lexical: float = 0.0) -> Retriever:
     """An untrained generator over 25 SIDs of two items each."""
     rows = np.arange(50) // 2
     table = SidTable.from_item_tokens(SidSpace((5, 5, 2)), np.stack([rows // 5, rows % 5, np.zeros(50, int)], axis=1).astype(np.int32))
+    index = SidIndex.build(table.item_sid, len(table), np.arange(50, dtype=np.float64))
     tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f", "m"], age_bands=["18-24"])
+    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, np.ones(50, dtype=bool))
     config = DecoderConfig(
         text_vocab_size=tokenizer.vocab_size,
         level_sizes=(5, 5, 2),
@@ -34,11 +38,19 @@ def make_retriever(catalog, encoder, *, guide_sharpness: float) -> Retriever:
         intermediate_size=16,
         soft_prompt_dim=encoder.dim,
         guide_sharpness=guide_sharpness,
+        guide_lexical=guide_lexical,
+        guide_items=50 if guide_lexical else 0,
+        guide_entries=len(lexicon.item_tokens) if guide_lexical else 0,
     )
+    model = Decoder(config, seed=1)
+    with torch.no_grad():
+        if model.guidance is not None:
+            model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
+        if guide_lexical:
+            model.guidance.set_lexicon(lexicon)
     builder = PromptBuilder(tokenizer, config.level_offsets, max_history=2)
-    index = SidIndex.build(table.item_sid, len(table), np.arange(50, dtype=np.float64))
     trie = Trie.from_tokens(table.tokens, (5, 5, 2)).with_items(encoder.encode_items(catalog.titles)[index.item_rows], index.offsets)
-    return Retriever(Decoder(config, seed=1), builder, trie, index, table, encoder, support="trie" if guide_sharpness else "level")
+    return Retriever(model, builder, trie, index, table, encoder, support="trie" if guide_sharpness else "level")
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +60,14 @@ def retriever(catalog, encoder) -> Retriever:
 
 @pytest.fixture
 def guided(catalog, encoder) -> Retriever:
-    made = make_retriever(catalog, encoder, guide_sharpness=8.0)
-    with torch.no_grad():
-        made.model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
-    return made
+    """By the encoder alone."""
+    return make_retriever(catalog, encoder, guide_sharpness=8.0)
+
+
+@pytest.fixture
+def worded(catalog, encoder) -> Retriever:
+    """By the encoder and the query's words."""
+    return make_retriever(catalog, encoder, guide_sharpness=8.0, guide_lexical=3.0)
 
 
 def ask(retriever: Retriever, query: str, gender: str | None = None, history: np.ndarray = NO_HISTORY, **settings):
@@ -105,51 +121,73 @@ def test_unknown_values_and_items_count_as_absent(retriever):
 
 
 @pytest.mark.parametrize("query", ["", "   ", "x" * 10_000, "lamp " * 2_000, "[ANSWER]", "灯 ランプ \x00"])
-def test_every_query_has_an_answer(retriever, guided, query):
-    for made in (retriever, guided):
+def test_every_query_has_an_answer(retriever, guided, worded, query):
+    for made in (retriever, guided, worded):
         answer = ask(made, query)
         assert len(answer.item_rows) == 20
         assert np.isfinite(answer.scores).all()
 
 
-def test_a_batch_gives_what_each_request_gives_alone(retriever):
+@pytest.mark.parametrize("name", ["retriever", "worded"])
+def test_a_batch_gives_what_each_request_gives_alone(name, request):
+    retriever = request.getfixturevalue(name)
     queries = [f"{colour} lamp {row}" for row, colour in enumerate(["red", "blue", ""] * ((MAX_BATCH + 50) // 3))]
     genders = ["f", None] * (len(queries) // 2) + [None] * (len(queries) % 2)
     histories = [np.arange(row % 4, dtype=np.int32) for row in range(len(queries))]
-    sid_rows, scores, vectors = retriever.generate(queries, genders, [None] * len(queries), histories, beam_size=5)
+    sid_rows, scores, prompts = retriever.generate(queries, genders, [None] * len(queries), histories, beam_size=5)
     assert len(queries) > MAX_BATCH
     for row in (0, 1, 2, MAX_BATCH - 1, MAX_BATCH, len(queries) - 1):
         alone = retriever.generate([queries[row]], [genders[row]], [None], [histories[row]], beam_size=5)
         assert np.array_equal(alone.sid_rows[0], sid_rows[row])
         assert alone.scores[0] == pytest.approx(scores[row], abs=1e-5)
-        assert np.array_equal(alone.vectors[0], vectors[row])
+        assert all(torch.equal(one, other) for one, other in zip(alone.prompts[0], prompts[row], strict=True))
 
 
 def test_no_requests_no_answers(retriever):
     assert retriever.recall([], [], [], [], beam_size=3, limit=3) == []
 
 
-def test_query_vectors_come_with_the_sids_where_prompts_hold_them(retriever, encoder):
-    found = retriever.generate(["red lamp", "drill"], [None] * 2, [None] * 2, [NO_HISTORY] * 2, beam_size=3)
-    np.testing.assert_array_equal(found.vectors, encoder.encode_queries(["red lamp", "drill"]))
-    for part, whole in zip(found.of(1), found, strict=True):
-        assert np.array_equal(part, whole[1])
+def test_prompts_come_with_the_sids_where_they_hold_query_vectors(retriever, encoder):
+    found = retriever.generate(["red lamp", "drill"], ["f", None], [None] * 2, [np.array([3], np.int32), NO_HISTORY], beam_size=3)
+    vectors = encoder.encode_queries(["red lamp", "drill"])
+    np.testing.assert_array_equal(torch.stack([vector for vector, _ in found.prompts]), vectors)
+    builder, tokens = retriever.prompt_builder, retriever.table.tokens
+    read = builder.request_prompts(["red lamp", "drill"], ["f", None], [None] * 2, [tokens[[1]], tokens[:0]], vectors)
+    assert read.lengths[0] > read.lengths[1]
+    assert [ids.tolist() for _, ids in found.prompts] == [ids[:length].tolist() for ids, length in zip(read.token_ids, read.lengths, strict=True)]
+    sid_rows, scores, prompt = found.of(1)
+    assert np.array_equal(sid_rows, found.sid_rows[1])
+    assert np.array_equal(scores, found.scores[1])
+    assert prompt is found.prompts[1]
     builder = PromptBuilder(retriever.prompt_builder.tokenizer, retriever.prompt_builder.level_offsets, soft_prompt=False)
     bare = Retriever(retriever.model, builder, retriever.trie, retriever.index, retriever.table, None)
-    assert bare.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=3).vectors is None
+    assert bare.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=3).prompts is None
     assert bare.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=3).of(0)[2] is None
 
 
-def test_a_guided_items_score_is_its_sids_plus_its_share_of_the_sid(guided):
-    found = guided.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=25)
+def words_of(retriever: Retriever, catalog, text: str) -> list[float]:
+    """w times the share of the idf of the text's tokens that each item's text holds, by item row."""
+    tokens = [set(retriever.prompt_builder.tokenizer.encode_batch([one], 128)[0].tolist()) for one in (text, *item_text(catalog))]
+    frequency = {token: sum(token in held for held in tokens[1:]) for token in tokens[0]}
+    idf = {token: math.log(1 + (50 - count + 0.5) / (count + 0.5)) for token, count in frequency.items() if count}
+    return [retriever.model.guidance.lexical_weight * sum(idf[token] for token in held if token in idf) / sum(idf.values()) for held in tokens[1:]]
+
+
+@pytest.mark.parametrize("name", ["guided", "worded"])
+def test_a_guided_items_score_is_its_sids_plus_its_share_of_the_sid(name, request, catalog):
+    guided = request.getfixturevalue(name)
+    found = guided.generate(["red lamp"], ["f"], [None], [np.array([3], np.int32)], beam_size=25)
     answer = guided.expand(*found.of(0), 100)
+    words = words_of(guided, catalog, "red lamp")
+    assert (max(words) > min(words)) == (name == "worded")
     expected = []
     for sid, score in zip(found.sid_rows[0].tolist(), found.scores[0].tolist(), strict=True):
         start, end = guided.trie.item_offsets[sid : sid + 2].tolist()
-        cosines = [float(one) for one in guided.trie.item_vectors[start:end].float() @ torch.from_numpy(found.vectors[0])]
-        total = sum(math.exp(8.0 * 0.6 * cosine) for cosine in cosines)
-        members = zip(guided.index.items(sid).tolist(), cosines, strict=True)
-        expected += [(score + 8.0 * 0.6 * cosine - math.log(total), item, sid) for item, cosine in members]
+        cosines = [float(one) for one in guided.trie.item_vectors[start:end].float() @ found.prompts[0][0]]
+        members = guided.index.items(sid).tolist()
+        logits = [0.6 * (8.0 * cosine + words[item]) for item, cosine in zip(members, cosines, strict=True)]
+        total = sum(math.exp(logit) for logit in logits)
+        expected += [(score + logit - math.log(total), item, sid) for item, logit in zip(members, logits, strict=True)]
     expected.sort(key=lambda one: -one[0])
     assert answer.scores.tolist() == pytest.approx([score for score, _, _ in expected], abs=1e-5)
     assert answer.item_rows.tolist() == [item for _, item, _ in expected]
@@ -158,12 +196,24 @@ def test_a_guided_items_score_is_its_sids_plus_its_share_of_the_sid(guided):
     assert (np.diff(answer.scores) <= 0).all()
 
 
-def test_probabilities_of_a_sids_items_add_to_the_sids(guided):
+@pytest.mark.parametrize("name", ["guided", "worded"])
+def test_probabilities_of_a_sids_items_add_to_the_sids(name, request):
+    guided = request.getfixturevalue(name)
     found = guided.generate(["blue carpet"], [None], [None], [NO_HISTORY], beam_size=25)
     answer = guided.expand(*found.of(0), 100)
     by_sid = np.bincount(answer.sid_rows, weights=np.exp(answer.scores), minlength=25)
     np.testing.assert_allclose(by_sid[found.sid_rows[0]], np.exp(found.scores[0]), rtol=1e-5)
     assert by_sid.sum() == pytest.approx(1.0, abs=1e-5)  # the beam holds every SID
+
+
+def test_words_bring_an_item_forward_inside_its_sid(worded):
+    # Items 30 and 31, the red and the blue lamp, are alike to the encoder here; the index's order is 31, 30.
+    sid = int(worded.table.item_sid[30])
+    start, end = worded.trie.item_offsets[sid : sid + 2].tolist()
+    worded.trie.item_vectors[start:end] = 0
+    for query, expected in (("red lamp", [30, 31]), ("blue lamp", [31, 30]), ("lamp", [31, 30]), ("zzz", [31, 30])):
+        prompt = worded.generate([query], [None], [None], [NO_HISTORY], beam_size=1).of(0)[2]
+        assert worded.expand(np.array([sid], np.int32), np.zeros(1, np.float32), prompt, 10).item_rows.tolist() == expected
 
 
 def test_a_large_sids_best_item_may_come_before_a_small_sids(guided):
@@ -174,14 +224,16 @@ def test_a_large_sids_best_item_may_come_before_a_small_sids(guided):
     guided.trie.item_vectors[8:10] = torch.eye(16)[[1, 0]]
     guided.trie.item_vectors[4:6] = torch.eye(16)[[2, 3]]
     sids, scores = np.array([2, -1, 4], np.int32), np.log(np.array([0.5, 1e-30, 0.4], np.float32))
-    answer = guided.expand(sids, scores, np.eye(16, dtype=np.float32)[0], 10)
+    answer = guided.expand(sids, scores, (torch.eye(16)[0], torch.tensor([5])), 10)
     near, far = guided.index.items(4)[[1, 0]]
     assert answer.item_rows.tolist() == [near, *guided.index.items(2), far]  # items of equal score in the index's order
     assert answer.sid_rows.tolist() == [4, 2, 2, 4]
     assert np.exp(answer.scores).tolist() == pytest.approx([0.3, 0.25, 0.25, 0.1])
 
 
-def test_a_guided_answer_is_cut_after_ordering(guided):
+@pytest.mark.parametrize("name", ["guided", "worded"])
+def test_a_guided_answer_is_cut_after_ordering(name, request):
+    guided = request.getfixturevalue(name)
     found = guided.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=40).of(0)
     whole = guided.expand(*found, 1000)
     assert len(whole.item_rows) == 50
@@ -189,14 +241,14 @@ def test_a_guided_answer_is_cut_after_ordering(guided):
         part = guided.expand(*found, limit)
         assert part.item_rows.tolist() == whole.item_rows[:limit].tolist()
         assert part.scores.tolist() == whole.scores[:limit].tolist()
-    nothing = guided.expand(np.full(3, -1, np.int32), np.full(3, -np.inf, np.float32), np.zeros(16, np.float32), 5)
+    nothing = guided.expand(np.full(3, -1, np.int32), np.full(3, -np.inf, np.float32), (torch.zeros(16), torch.tensor([5])), 5)
     assert len(nothing.item_rows) == len(nothing.scores) == 0
 
 
-def test_without_guidance_a_vector_changes_nothing(retriever):
+def test_without_guidance_a_prompt_changes_nothing(retriever):
     sids, scores = np.array([3, 1], np.int32), np.array([-1.0, -2.0], np.float32)
-    for vector in (None, np.ones(16, np.float32)):
-        answer = retriever.expand(sids, scores, vector, 3)
+    for prompt in (None, (torch.ones(16), torch.tensor([5]))):
+        answer = retriever.expand(sids, scores, prompt, 3)
         assert answer.item_rows.tolist() == [7, 6, 3]
         assert answer.sid_rows.tolist() == [3, 3, 1]
         assert answer.scores.tolist() == [-1.0, -1.0, -2.0]
@@ -223,7 +275,7 @@ def test_a_missing_stage_is_named(tmp_path):
         load_retriever(generator_folder=tmp_path, stage="stage3", sid_index=tmp_path, encoder=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["retriever", "guided"])
+@pytest.mark.parametrize("name", ["retriever", "guided", "worded"])
 def test_a_saved_generator_answers_the_same(name, request, tmp_path, encoder, monkeypatch):
     retriever = request.getfixturevalue(name)
     retriever.model.save_pretrained(tmp_path / "generator" / "stage2")

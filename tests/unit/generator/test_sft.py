@@ -12,8 +12,10 @@ import torch
 
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.data.interactions import known_at_split
+from genrecall.encoders.embed import item_text
 from genrecall.generator.calibration import weighted_decoder
 from genrecall.generator.examples import Batches, ExampleSet
+from genrecall.generator.guidance import Lexicon
 from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.sft import (
@@ -21,6 +23,7 @@ from genrecall.generator.sft import (
     StageConfig,
     _validate,
     build_decoder,
+    build_lexicon,
     learning_rate_schedule,
     sft_loss,
     train_tokenizer,
@@ -64,10 +67,16 @@ def parts(catalog, requests, table, encoder):
 
 
 @pytest.fixture(scope="module")
-def trained(config, parts, table, trie) -> Decoder:
+def lexicon(catalog, parts) -> Lexicon:
+    """Of the trie's items."""
+    return build_lexicon(catalog, np.arange(50), parts[0].tokenizer, np.ones(50, dtype=bool))
+
+
+@pytest.fixture(scope="module")
+def trained(config, parts, table, trie, lexicon) -> Decoder:
     """The three stages in a plain loop."""
     builder, data = parts
-    model = build_decoder(config, builder.tokenizer, table, data.vectors.shape[1])
+    model = build_decoder(config, builder.tokenizer, table, data.vectors.shape[1], lexicon if config.guided else None)
     optimizer = torch.optim.AdamW(model.parameters())
     rate = learning_rate_schedule(CONFIG.stages)
     done = 0
@@ -112,17 +121,67 @@ def test_loss_is_the_sum_of_its_levels_and_starts_near_uniform(parts, table, tri
     assert loss.item() == pytest.approx(np.log(5) + np.log(10) + np.log(2), abs=1.5)
 
 
-def test_guided_loss_starts_at_that_of_the_encoder_alone(parts, table, trie, encoder):
+@pytest.mark.parametrize("words", [False, True])
+def test_guided_loss_starts_at_that_of_encoder_and_words_alone(parts, table, trie, encoder, catalog, lexicon, words):
     builder, data = parts
-    fresh = build_decoder(CONFIG, builder.tokenizer, table, encoder.dim)
+    fresh = build_decoder(CONFIG, builder.tokenizer, table, encoder.dim, lexicon if words else None)
     with torch.no_grad():
         fresh.tokens.codes.zero_()  # small already
     prompts, sids = Batches(data.stages[1], batch_size=64, targets=3, seed=0).batch(0, builder, data.vectors)
     targets = torch.from_numpy(data.sid_tokens[sids])
     loss, _ = sft_loss(fresh, prompts.token_ids, prompts.lengths, prompts.soft, targets, support="trie", trie=trie)
-    # One item a SID: p(SID) is the softmax of 20 * cosine over the 50 items.
-    dense = (20 * prompts.soft @ trie.item_vectors.float().T).log_softmax(-1)
-    assert loss.item() == pytest.approx(-float(dense.gather(1, torch.from_numpy(sids).long()).mean()), abs=1e-3)
+    # One item a SID: p(SID) is the softmax over the 50 items of 20 * cosine, and with words of 4 * the share of their idf too.
+    logits = 20 * prompts.soft @ trie.item_vectors.float().T
+    if words:
+        held = [set(builder.tokenizer.encode_batch([text], 128)[0].tolist()) for text in item_text(catalog)]
+        for row, ids in enumerate(prompts.token_ids.tolist()):
+            idf = {token: float(lexicon.token_idf[token]) for token in set(ids[: prompts.lengths[row]]) if token < len(lexicon.token_idf)}
+            assert sum(idf.values()) > 0
+            logits[row] += 4 * torch.tensor([sum(idf[token] for token in idf if token in tokens) / sum(idf.values()) for tokens in held])
+    expected = -logits.log_softmax(-1).gather(1, torch.from_numpy(sids).long()).mean()
+    assert loss.item() == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_a_lexicon_has_the_items_in_the_indexs_order_and_their_whole_text(parts, catalog):
+    tokenizer = parts[0].tokenizer
+    texts = ["drill " * 200 if row == 7 else f"text {row}" if row % 2 else "" for row in range(50)]
+    described = dataclasses.replace(catalog, brands=["Acme"] * 50, texts=texts)
+    order = np.random.default_rng(0).permutation(50)[:40]  # whatever the index holds
+    counted = np.arange(50) < 30
+    lexicon = build_lexicon(described, order, tokenizer, counted)
+    held = [set(tokenizer.encode_batch([text], 128)[0].tolist()) for text in item_text(described)]
+    ends = lexicon.item_offsets.tolist()
+    assert [set(lexicon.item_tokens[start:end].tolist()) for start, end in itertools.pairwise(ends)] == [held[row] for row in order]
+    for word in ("Acme", "shop", "text", "red"):  # brand, category, description, title
+        tokens = tokenizer.encode_batch([word], 8)[0].tolist()
+        assert any(set(tokens) <= held[row] for row in order)
+    assert len(lexicon.token_idf) == tokenizer.vocab_size
+    known = [row for row in order if counted[row]]
+    for token in range(tokenizer.vocab_size):
+        frequency = sum(token in held[row] for row in known)
+        expected = np.log(1 + (len(known) - frequency + 0.5) / (frequency + 0.5)) if frequency else 0.0
+        assert float(lexicon.token_idf[token]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_lexicon_reads_no_more_of_a_text_than_its_first_tokens(parts, catalog):
+    tokenizer = parts[0].tokenizer
+    (last,) = tokenizer.encode_batch(["faucet"], 8)[0].tolist()
+    for filler, kept in ((10, True), (200, False)):
+        described = dataclasses.replace(catalog, texts=["a " * filler + "faucet"] + [""] * 49)
+        first = build_lexicon(described, np.array([0]), tokenizer, np.ones(50, dtype=bool))
+        assert (last in first.item_tokens.tolist()) == kept
+
+
+def test_a_decoder_is_built_with_the_lexicon_that_it_is_given(parts, table, encoder, lexicon):
+    tokenizer = parts[0].tokenizer
+    model = build_decoder(CONFIG, tokenizer, table, encoder.dim, lexicon)
+    assert (model.config.guide_lexical, model.config.guide_items, model.config.guide_entries) == (4.0, 50, len(lexicon.item_tokens))
+    assert all(torch.equal(getattr(model.guidance, name), part) for name, part in zip(Lexicon._fields, lexicon, strict=True))
+    for change in ({"guide_lexical": 0.0}, {"guided": False}, {"guided": False, "soft_prompt": False}):
+        without = build_decoder(dataclasses.replace(CONFIG, **change), tokenizer, table, encoder.dim, lexicon)
+        assert (without.config.guide_lexical, without.config.guide_items, without.config.guide_entries) == (0.0, 0, 0)
+        assert (without.guidance is None) == ("guided" in change)
+    assert build_decoder(CONFIG, tokenizer, table, encoder.dim).config.guide_lexical == 0.0
 
 
 def test_guidance_is_part_of_the_settings(table):
@@ -137,6 +196,12 @@ def test_guidance_is_part_of_the_settings(table):
     with pytest.raises(ConfigError, match="guide_sharpness: has no effect with guided=false; leave it out"):
         apply_overrides(GeneratorConfig(), ["guide_sharpness=10.0", "guided=false"])
     assert apply_overrides(GeneratorConfig(), ["guide_sharpness=10.0"]).guide_sharpness == 10.0
+    with pytest.raises(ConfigError, match=r"guide_lexical: must not be negative, got -1\.0"):
+        apply_overrides(GeneratorConfig(), ["guide_lexical=-1.0"])
+    with pytest.raises(ConfigError, match="guide_lexical: has no effect with guided=false; leave it out"):
+        apply_overrides(GeneratorConfig(), ["guide_lexical=0.0", "guided=false"])
+    assert apply_overrides(GeneratorConfig(), ["guide_lexical=0.0"]).guide_lexical == 0.0
+    assert (GeneratorConfig().guide_lexical, apply_overrides(GeneratorConfig(), ["guided=false"]).guided) == (4.0, False)
 
 
 def test_a_stage_chooses_a_weight_for_a_guided_decoder_alone(config, trained, parts, requests, table, trie, encoder):
@@ -262,10 +327,13 @@ def test_training_can_start_from_a_text_model(tmp_path, catalog, requests, table
     parts[0].tokenizer.save(tmp_path / "tokenizer.json")
     config = GeneratorConfig(base_model=str(tmp_path))
     tokenizer = train_tokenizer(config, catalog, requests)
-    model = build_decoder(config, tokenizer, table, encoder.dim)
+    lexicon = build_lexicon(catalog, np.arange(50), tokenizer, np.ones(50, dtype=bool))
+    model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
     assert model.config.alphabet_sizes == (5, 10, 2)
     assert model.config.text_vocab_size == 700
     assert model.config.soft_prompt_dim == encoder.dim
-    assert model.config.guide_sharpness == 20.0
+    assert (model.config.guide_sharpness, model.config.guide_lexical, model.config.guide_items) == (20.0, 4.0, 50)
+    assert model.guidance.token_idf.tolist() == lexicon.token_idf.tolist() + [0.0] * (700 - tokenizer.vocab_size)
+    assert torch.equal(model.guidance.item_tokens, lexicon.item_tokens)
     assert build_decoder(dataclasses.replace(config, guided=False), tokenizer, table, encoder.dim).guidance is None
     assert torch.equal(model.tokens.text, text_model.tokens.text)

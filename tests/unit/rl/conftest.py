@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from genrecall.config import to_dict
+from genrecall.generator.guidance import Lexicon
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
 from genrecall.rl.feedback import CLICKED, EXPOSED, Feedback
 from genrecall.rl.rollout import RolloutConfig, RolloutTask
@@ -78,14 +79,17 @@ def toy() -> Toy:
 
 @pytest.fixture
 def guided_toy(toy: Toy) -> Toy:
-    """Two items a SID; a query lies nearest to the SID before the clicked one, so that there is something to learn."""
+    """Two items a SID, of two words each; a query lies nearest to the SID before the clicked one, so that there is something to learn."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((24, 8)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     trie = toy.trie.with_items(vectors, np.arange(13) * 2)
-    config = dataclasses.replace(toy.model.config, soft_prompt_dim=8, guide_sharpness=4.0)
+    lexicon = Lexicon.build(np.stack([np.arange(24) % 7, 7 + np.arange(24) % 3], axis=1).ravel(), np.arange(25) * 2, 10, np.ones(24, dtype=bool))
+    config = dataclasses.replace(toy.model.config, soft_prompt_dim=8, guide_sharpness=4.0, guide_lexical=1.0, guide_items=24, guide_entries=48)
+    model = Decoder(config, seed=1).eval()
+    model.guidance.set_lexicon(lexicon)
     soft = vectors[(np.arange(NUM_REQUESTS) * 4 - 2) % 24]
-    return dataclasses.replace(toy, model=Decoder(config, seed=1).eval(), trie=trie, soft=soft)
+    return dataclasses.replace(toy, model=model, trie=trie, soft=soft)
 
 
 def artifacts_of(toy: Toy, folder: Path) -> dict[str, Artifact]:

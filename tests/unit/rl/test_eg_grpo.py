@@ -7,7 +7,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from genrecall.generator.guidance import Lexicon
 from genrecall.rl import eg_grpo
 from genrecall.rl.align_config import AlignConfig, AlignError
 from genrecall.rl.eg_grpo import align_generator
@@ -72,3 +74,13 @@ def test_good_weights_come_back(toy):
         parameter.data.zero_()
     eg_grpo._load(toy.model, good)
     assert all(np.array_equal(value, good[name]) for name, value in weights_of(toy.model).items())
+
+
+def test_good_weights_leave_the_lexicon_as_it_is(guided_toy):
+    before = {name: getattr(guided_toy.model.guidance, name).clone() for name in Lexicon._fields}
+    good = weights_of(guided_toy.model)
+    with torch.no_grad():
+        guided_toy.model.guidance.level_weights.zero_()
+    eg_grpo._load(guided_toy.model, good)
+    assert guided_toy.model.guidance.level_weights.tolist() == [1.0, 1.0, 1.0]
+    assert all(torch.equal(getattr(guided_toy.model.guidance, name), part) for name, part in before.items())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.guidance import Lexicon
 from genrecall.rl.rollout import Rollout, RolloutActor, RolloutConfig, RolloutWorker, weights_of
 
 
@@ -95,6 +98,26 @@ def test_a_guided_actor_gets_items_from_the_index_and_level_weights_with_the_oth
     second = actor.sample(2, weights, task)
     np.testing.assert_array_equal(second.log_probs, worker.sample(task).log_probs)
     assert not np.array_equal(first.log_probs, second.log_probs)
+
+
+def test_a_lexicon_does_not_travel_and_stays_whole(guided_toy):
+    # The 2^24 + 1st entry of a large catalogue's lexicon is no float32: offsets that travelled as weights would not come back.
+    guidance, worker = guided_toy.model.guidance, worker_of(guided_toy, group_size=4, num_experts=1, support="trie")
+    weights = weights_of(guided_toy.model)
+    assert set(weights) == set(dict(guided_toy.model.named_parameters()))
+    guidance.item_offsets[-1] = 2**24 + 1
+    worker.load(1, weights)
+    assert worker.version == 1
+    assert int(guidance.item_offsets[-1]) == 2**24 + 1
+
+
+def test_weights_in_half_precision_travel_and_leave_the_actors_lexicon_alone(guided_toy):
+    policy = copy.deepcopy(guided_toy.model).to(torch.bfloat16)
+    before = {name: getattr(guided_toy.model.guidance, name).clone() for name in Lexicon._fields}
+    worker_of(guided_toy, support="trie").load(1, weights_of(policy))
+    for name, parameter in guided_toy.model.named_parameters():
+        assert torch.equal(parameter, policy.get_parameter(name).float())
+    assert all(torch.equal(getattr(guided_toy.model.guidance, name), part) for name, part in before.items())
 
 
 def test_weights_of_another_model_are_refused(toy):
