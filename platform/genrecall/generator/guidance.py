@@ -18,6 +18,7 @@ level-2 nodes, A1 level-1 alphabet, d encoder dimensions, m chosen items.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -104,10 +105,15 @@ class Guidance(nn.Module):
         logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T)
         if not self.lexical_weight:
             return logits
-        held = torch.sparse_csr_tensor(
-            self.item_offsets, self.item_tokens, torch.ones(len(self.item_tokens), device=logits.device), (len(vectors), len(self.token_idf))
-        )
-        return logits + self.lexical_weight * (held @ self._token_shares(token_ids, lengths).T)
+        return logits + self.lexical_weight * (self._held_tokens() @ self._token_shares(token_ids, lengths).T)
+
+    def _held_tokens(self) -> Tensor:
+        """[N, V], 1 where an item holds a token, as a sparse matrix."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # what is used of it is tested
+            ones = torch.ones(len(self.item_tokens), device=self.item_tokens.device)
+            shape = (len(self.item_offsets) - 1, len(self.token_idf))
+            return torch.sparse_csr_tensor(self.item_offsets, self.item_tokens, ones, shape, check_invariants=False)
 
     def _token_shares(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
         """The share of each prompt's idf mass that each token has, float32 [B, V]; markers and SIDs have none, repeated tokens count once."""

@@ -269,6 +269,15 @@ def test_parts_of_different_sid_spaces_are_refused(retriever):
         Retriever(retriever.model, retriever.prompt_builder, retriever.trie, retriever.index, retriever.table, None)
 
 
+def test_a_guided_generator_without_its_support_or_its_items_is_refused(worded):
+    parts = (worded.index, worded.table, worded.encoder)
+    with pytest.raises(RetrieverError, match=r"the generator is guided: it needs support 'trie' \(got 'level'\) and a trie with its items' vectors"):
+        Retriever(worded.model, worded.prompt_builder, worded.trie, *parts, support="level")
+    bare = Trie.from_tokens(worded.table.tokens, (5, 5, 2))
+    with pytest.raises(RetrieverError, match=r"its items' vectors \(missing: rerun jobs/build_sid_index\.py\)"):
+        Retriever(worded.model, worded.prompt_builder, bare, *parts, support="trie")
+
+
 def test_a_missing_stage_is_named(tmp_path):
     (tmp_path / "stage1").mkdir()
     with pytest.raises(RetrieverError, match=r"stage3: no such stage; .* holds stage1"):
