@@ -297,7 +297,7 @@ def test_a_beam_whose_children_are_all_barred_dies() -> None:
 def test_a_search_and_a_sample_never_wait_for_data(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # On the meta device tensors have shapes and no values, so anything that reads a value fails. It has no sparse product: for that one step of
     # the words a dense matrix of the same shape stands in, and what the step does on a GPU is not seen here.
-    monkeypatch.setattr(torch, "sparse_csr_tensor", lambda offsets, tokens, values, size: torch.empty(size, device=values.device))
+    monkeypatch.setattr(torch, "sparse_csr_tensor", lambda offsets, tokens, values, size, **_: torch.empty(size, device=values.device))
     model, support = copy.deepcopy(decoder(kind)).to("meta"), support_of(kind)
     trie, prompts = some_trie().to("meta"), some_prompts().to("meta")
     masks = PrefixMasks.from_leaves(trie, torch.ones(3, 40, dtype=torch.bool, device="meta"))
