@@ -17,12 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from measurement import commit, machine, quartiles, seconds
 from torch import Tensor
 
 from genrecall.generator.decoding import beam_search
@@ -171,17 +168,6 @@ def require_equal(name: str, answer: Answer, reference: Answer) -> None:
         raise SystemExit(f"{name}: answers differ; not comparing the speed of unequal answers")
 
 
-def seconds(side: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    side()
-    return time.perf_counter() - started
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return low, middle, high
-
-
 def measure(task: Task, repeats: int, record: Callable[..., None]) -> None:
     """Time all sides over the task's grid and hand each figure to `record`."""
     rng = np.random.default_rng(0)
@@ -248,22 +234,6 @@ def compare(
         record(kind, metric, [slow / fast for slow, fast in zip(times[other], times[ours], strict=True)], **where)
 
 
-def machine() -> str:
-    """The processor, cores, load and versions, in a line."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
-    load = f"load {os.getloadavg()[0]:.1f}"
-    return f"{model}, {os.cpu_count()} cores, {load}, Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-
-
-def commit() -> str:
-    """The repository's commit, "unknown" outside one."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
-
-
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny task, for correctness only; writes no file unless --output is given")
@@ -281,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     common = {
         "threads": options.threads,
-        "machine": machine(),
+        "machine": machine(transformers),
         "command": " ".join(["python", "benchmarks/decode.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "commit": commit(),
     }
