@@ -269,9 +269,14 @@ class Layer(nn.Module):
             x = _at(x, last)
         else:
             attended, cache = self._attend(normed, rotation, attention_mask)
-        x = x + F.linear(attended, self.output_weight)
+        return self._add_mlp(self._add_attended(x, attended)), cache
+
+    def _add_attended(self, x: Tensor, attended: Tensor) -> Tensor:
+        return x + F.linear(attended, self.output_weight)
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], self.mlp_norm, self.eps), self.gate_up_weight).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, self.down_weight), cache
+        return x + F.linear(F.silu(gate) * up, self.down_weight)
 
     def _heads(self, x: Tensor, rows: slice) -> Tensor:
         """Chosen rows of the query, key and value product, by head: [..., heads, e]."""

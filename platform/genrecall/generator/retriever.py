@@ -22,6 +22,7 @@ from genrecall.encoders.text_encoder import TextEncoder, load_encoder
 from genrecall.generator.decoding import Support, beam_search
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.packed_decoder import pack
 from genrecall.sid.index import SidIndex, load_index, load_sid_table, load_trie
 from genrecall.sid.semantic_id import SidTable
 from genrecall.sid.trie import Trie
@@ -244,7 +245,7 @@ def load_retriever(
     if not folder.is_dir():
         raise RetrieverError(f"{folder}: no such stage; {generator_folder} holds {', '.join(sorted(p.name for p in generator_folder.iterdir() if p.is_dir()))}")
     place = device or str(default_device())
-    model = Decoder.from_pretrained(folder).to(place)
+    model = pack(Decoder.from_pretrained(folder).to(place))
     builder = PromptBuilder.load(generator_folder)
     return Retriever(
         model,
