@@ -4,12 +4,17 @@ All sides run the same weights, trie, prompts and thread count in one process, o
 side whose answers differ is not timed. Ratios are what counts: each is the median over repeats of the ratio within a repeat.
 
 Sides:
-- ours: `beam_search`, scores over the level (the default) or over the whole vocabulary ("full", the arithmetic the others do).
+- ours: `beam_search` with packed weights, scores over the level (the default) or over the whole vocabulary ("full", the arithmetic the others do);
+  ours_unpacked without packing; ours_bfloat16 with bfloat16 products (its overlap with the exact answer is printed); ours_compiled with --compile.
 - generate: `transformers` generate with `prefix_allowed_tokens_fn` over a dictionary of prefixes.
 - competent: `transformers`' model, prompt prefilled once, its cache repeated per beam and reordered, a vectorised mask over the level's
   columns; log-probabilities over the whole vocabulary, which is what its head gives.
+- two_tower: what a dense retriever of the same backbone costs: the same prefill and an HNSW search (FAISS, M 32, efSearch 128) over as many vectors as there are SIDs.
 
-Run: python benchmarks/decode.py [--quick] [--threads 2] [--repeats 7] [--output benchmarks/results/decode.json]
+`times_floor` is the time over the floor: the floating-point operations that the search needs (prompt once, beams, the level's head; no attention, norms or choices), at the rate of the
+task's own largest matrix product. `expand_share` is SID -> items (some 1,700 items a query) over the whole request.
+
+Run: python benchmarks/decode.py [--quick] [--threads 2] [--repeats 7] [--compile] [--output benchmarks/results/decode.json]
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 import transformers
@@ -32,6 +39,8 @@ from torch import Tensor
 
 from genrecall.generator.decoding import beam_search
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.packed_decoder import pack
+from genrecall.sid.index import SidIndex
 from genrecall.sid.trie import Trie
 
 TOLERANCE = 1e-4
@@ -157,18 +166,59 @@ class CompetentUser:
         return best, position // mask.shape[-1], position % mask.shape[-1]
 
 
-def require_equal(name: str, answer: Answer, reference: Answer) -> None:
-    """Exit unless scores agree position by position to 1e-4, and so do tokens wherever no neighbour's score is as close as that."""
-    if not torch.allclose(answer.scores, reference.scores, atol=TOLERANCE, rtol=0):
+def require_equal(name: str, answer: Answer, reference: Answer, tolerance: float = TOLERANCE) -> None:
+    """Exit unless scores agree position by position to the tolerance, and so do tokens wherever no neighbour's score is as close as that."""
+    if not torch.allclose(answer.scores, reference.scores, atol=tolerance, rtol=0):
         raise SystemExit(f"{name}: scores differ by {float((answer.scores - reference.scores).abs().max()):.2e}; not comparing the speed of unequal answers")
-    gap = reference.scores[:, :-1] - reference.scores[:, 1:] < TOLERANCE
+    gap = reference.scores[:, :-1] - reference.scores[:, 1:] < tolerance
     near_tie = torch.nn.functional.pad(gap, (1, 0)) | torch.nn.functional.pad(gap, (0, 1))
     near_tie[:, -1] = True  # its next neighbour is out of sight
     if bool(((answer.tokens != reference.tokens).any(-1) & ~near_tie).any()):
         raise SystemExit(f"{name}: answers differ; not comparing the speed of unequal answers")
 
 
-def measure(task: Task, repeats: int, record: Callable[..., None]) -> None:
+class TwoTower:
+    """A dense retriever with the same backbone: the prompt's last hidden state, then HNSW over one vector per SID."""
+
+    def __init__(self, model: Decoder, count: int, rng: np.random.Generator) -> None:
+        self.model = model
+        self.index = faiss.IndexHNSWFlat(model.config.hidden_size, 32, faiss.METRIC_INNER_PRODUCT)
+        self.index.hnsw.efConstruction = 40
+        self.index.hnsw.efSearch = 128
+        vectors = rng.standard_normal((count, model.config.hidden_size)).astype(np.float32)
+        self.index.add(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Prompts, count: int) -> np.ndarray:
+        vectors = torch.nn.functional.normalize(self.model.prefill(prompts).last_hidden, dim=1)
+        return self.index.search(vectors.numpy(), count)[1]
+
+
+def needed_operations(config: DecoderConfig, prompt_tokens: int, batch: int, beam: int) -> float:
+    """Floating-point operations of the products that a beam search needs."""
+    heads = config.num_heads + 2 * config.num_kv_heads
+    key_value = 2 * config.num_kv_heads * config.head_size * config.hidden_size
+    layer = (
+        heads * config.head_size * config.hidden_size
+        + config.num_heads * config.head_size * config.hidden_size
+        + 3 * config.hidden_size * config.intermediate_size
+    )
+    # Of the top layer the prompt needs keys and values, and the last token everything else.
+    prompt = prompt_tokens * ((config.num_layers - 1) * layer + key_value) + layer - key_value
+    beams = 2 * beam * config.num_layers * layer
+    level1, level2, level3 = config.alphabet_sizes
+    return 2.0 * batch * (prompt + beams + config.hidden_size * (level1 + beam * (level2 + level3)))
+
+
+def product_rate(config: DecoderConfig, rows: int) -> float:
+    """Floating-point operations a second of the task's largest matrix product, the best of some runs."""
+    x, weight = torch.randn(rows, config.hidden_size), torch.randn(2 * config.intermediate_size, config.hidden_size)
+    with torch.inference_mode():
+        best = min(seconds(lambda: torch.nn.functional.linear(x, weight)) for _ in range(20))
+    return 2.0 * rows * weight.numel() / best
+
+
+def measure(task: Task, repeats: int, record: Callable[..., None], *, compiled: bool = False) -> None:
     """Time all sides over the task's grid and hand each figure to `record`."""
     rng = np.random.default_rng(0)
     config = DecoderConfig(
@@ -183,55 +233,100 @@ def measure(task: Task, repeats: int, record: Callable[..., None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder))
         theirs = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    two_tower = TwoTower(pack(model), task.num_sids, rng)
     for kind in task.tries:
         tokens = sid_tokens(kind, task, rng)
         trie = Trie.from_tokens(tokens, config.alphabet_sizes)
         generate = Generate(theirs, tokens, config.level_offsets, task.prompt_tokens)
         competent = CompetentUser(theirs, trie, config)
+        owners = rng.integers(0, len(trie), 34 * len(trie)).astype(np.int32)  # 50 SIDs hold some 1,700 items
+        index = SidIndex.build(owners, len(trie), rng.random(len(owners)))
         for batch in task.batches:
             ids = torch.from_numpy(rng.integers(0, task.text_vocab_size, (batch, task.prompt_tokens)))
             prompts = Prompts(ids, torch.full((batch,), task.prompt_tokens))
             for beam in task.beams:
-                compare(model, prompts, trie, generate, competent, kind=kind, beam=beam, repeats=repeats, record=record)
+                others = {"competent": partial(competent, ids, beam), "generate": partial(generate, ids, beam)}
+                tower = {"two_tower": partial(two_tower, prompts, beam)}
+                compare(model, prompts, trie, index, others, tower, kind=kind, beam=beam, repeats=repeats, record=record, compiled=compiled)
 
 
 def compare(
     model: Decoder,
     prompts: Prompts,
     trie: Trie,
-    generate: Generate,
-    competent: CompetentUser,
+    index: SidIndex,
+    others: dict[str, Callable[[], Answer]],
+    tower: dict[str, Callable[[], Any]],
     *,
     kind: str,
     beam: int,
     repeats: int,
     record: Callable[..., None],
+    compiled: bool = False,
 ) -> None:
     """Check that all sides answer alike, then time them in turn."""
+    packed, rough = pack(model), pack(model, torch.bfloat16)
     sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: beam_search(model, prompts, trie, beam_size=beam),
-        "ours_full": lambda: beam_search(model, prompts, trie, beam_size=beam, support="full"),
-        "competent": lambda: competent(prompts.token_ids, beam),
-        "generate": lambda: generate(prompts.token_ids, beam),
+        "ours": lambda: beam_search(packed, prompts, trie, beam_size=beam),
+        "ours_full": lambda: beam_search(packed, prompts, trie, beam_size=beam, support="full"),
+        "ours_unpacked": lambda: beam_search(model, prompts, trie, beam_size=beam),
+        "ours_bfloat16": lambda: beam_search(rough, prompts, trie, beam_size=beam),
     }
-    reference = beam_search(model, prompts, trie, beam_size=beam, support="full")
-    for name in ("competent", "generate"):
-        require_equal(f"{name}, {kind} trie, batch {len(prompts)}, beam {beam}", sides[name](), Answer(reference.tokens, reference.scores))
-    sides["ours"]()
+    exact = beam_search(model, prompts, trie, beam_size=beam)
+    if compiled:
+        sides["ours_compiled"] = compiled_search(model, prompts, trie, beam)
+        require_equal("ours_compiled", Answer(*sides["ours_compiled"]()[1:]), Answer(*exact[1:]))
+    found = sides["ours"]()
+    require_equal("ours", Answer(*found[1:]), Answer(*exact[1:]))
+    reference = sides["ours_full"]()
+    for name, side in others.items():
+        require_equal(f"{name}, {kind} trie, batch {len(prompts)}, beam {beam}", side(), Answer(reference.tokens, reference.scores))
+    rows = found.sid_rows.numpy()
+    sides |= others | tower | {"expand": lambda: [index.expand(row, 2_000) for row in rows]}
+    for side in sides.values():
+        side()
     times: dict[str, list[float]] = {name: [] for name in sides}
+    rates = []
     for _ in range(repeats):
         for name, side in sides.items():
             times[name].append(seconds(side))
+        rates.append(product_rate(model.config, len(prompts) * beam))
     where = {"batch": len(prompts), "beam": beam}
     for name, values in times.items():
         record(kind, f"{name}_ms", [1e3 * value for value in values], **where)
-    for metric, ours, other in (
-        ("speedup_vs_hf", "ours", "generate"),
-        ("speedup_vs_competent_hf", "ours", "competent"),
-        ("speedup_vs_hf_full_support", "ours_full", "generate"),
-        ("speedup_vs_competent_hf_full_support", "ours_full", "competent"),
-    ):
-        record(kind, metric, [slow / fast for slow, fast in zip(times[other], times[ours], strict=True)], **where)
+    operations = needed_operations(model.config, prompts.token_ids.shape[1], len(prompts), beam)
+    record(kind, "times_floor", [taken * rate / operations for taken, rate in zip(times["ours"], rates, strict=True)], **where)
+    both = (rows[:, :, None] == beam_search(rough, prompts, trie, beam_size=beam).sid_rows.numpy()[:, None, :]).any(-1)
+    record(kind, "bfloat16_overlap", [float(both.mean())], **where)
+    ratios = [
+        ("speedup_vs_hf", "generate", "ours"),
+        ("speedup_vs_competent_hf", "competent", "ours"),
+        ("speedup_vs_hf_full_support", "generate", "ours_full"),
+        ("speedup_vs_competent_hf_full_support", "competent", "ours_full"),
+        ("speedup_of_packing", "ours_unpacked", "ours"),
+        ("speedup_of_bfloat16", "ours", "ours_bfloat16"),
+        ("cost_vs_two_tower", "ours", "two_tower"),
+        ("expand_share", "expand", "ours"),
+    ]
+    if compiled:
+        ratios += [("speedup_vs_hf_compiled", "generate", "ours_compiled"), ("speedup_vs_competent_hf_compiled", "competent", "ours_compiled")]
+    for metric, above, below in ratios:
+        record(kind, metric, [one / other for one, other in zip(times[above], times[below], strict=True)], **where)
+
+
+def compiled_search(model: Decoder, prompts: Prompts, trie: Trie, beam: int) -> Callable[[], Any]:
+    """The whole search as one compiled graph of fixed shapes (a minute and a half to compile)."""
+
+    def search(token_ids: Tensor, lengths: Tensor) -> Any:
+        return beam_search.__wrapped__(model, Prompts(token_ids, lengths), trie, beam_size=beam)
+
+    graph = torch.compile(search, fullgraph=True, dynamic=False)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return graph(prompts.token_ids, prompts.lengths)
+
+    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -241,10 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--beams", type=int, nargs="+", help="beams to measure instead of 10 20 50 100")
     parser.add_argument("--tries", nargs="+", choices=("uniform", "clustered"))
+    parser.add_argument("--batches", type=int, nargs="+", help="batches to measure instead of 1 16")
+    parser.add_argument("--compile", action="store_true", help="also time the search compiled as one graph; minutes of compilation for each cell")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     task = QUICK if options.quick else Task()
-    changes = {name: tuple(getattr(options, name)) for name in ("beams", "tries") if getattr(options, name)}
+    changes = {name: tuple(getattr(options, name)) for name in ("beams", "batches", "tries") if getattr(options, name)}
     task = Task(**{**task.__dict__, **changes})
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -264,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         print(f"{row:10} batch {batch:3} beam {beam:4} {metric:38} {middle:10.2f} ({low:.2f} to {high:.2f})", flush=True)
 
     try:
-        measure(task, 1 if options.quick else options.repeats, record)
+        measure(task, 1 if options.quick else options.repeats, record, compiled=options.compile)
     finally:
         torch.set_num_threads(before)
     output = options.output or (None if options.quick else Path(__file__).parent / "results" / "decode.json")

@@ -39,3 +39,16 @@ def test_unequal_answers_are_not_compared(benchmark: ModuleType) -> None:
         benchmark.require_equal("side", benchmark.Answer(tokens, scores + 0.1), reference)
     with pytest.raises(SystemExit, match="side: answers differ"):
         benchmark.require_equal("side", benchmark.Answer(tokens + 1, scores), reference)
+
+
+def test_the_gpu_benchmark_runs_a_tiny_task_anywhere_and_the_full_one_on_a_gpu_only(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = importlib.import_module("decode_gpu")
+    records = gpu.main(["--quick", "--output", str(tmp_path / "gpu.json")])
+    assert {(record["metric"], record["batch"]) for record in records} == {
+        (metric, batch) for metric in ("queries_per_s", "p50_ms", "p99_ms", "host_syncs") for batch in (1, 3)
+    }
+    monkeypatch.setattr(gpu, "default_device", lambda: torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        gpu.main([])
