@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,8 +48,19 @@ VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS}
 WITHOUT_CATEGORIES = ("home_depot",)
 """There CQ-SID has the query constraint alone, so one ablation would be CQ-SID again and the other RQ-VAE: the SIDs are not compared."""
 PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
-SHORTER = ("generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150")
-"""The stages of generators that are only compared with each other."""
+SIDS_TASKS: Mapping[str, tuple[str, ...]] = {
+    "marketplace": (
+        "data.marketplace_size=medium",
+        "quantizer.level_sizes=[256,16,16]",
+        "generator.stage1.steps=300",
+        "generator.stage2.steps=900",
+        "generator.stage3.steps=300",
+    ),
+    "amazon_scientific": ("quantizer.level_sizes=[256,8,8]", "generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150"),
+    "tiny": ("generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
+}
+"""Where SIDs are compared: among the medium marketplace's 20,000 items (the small one's 2,000 leave RQ-VAE nothing to miss), after shorter training, since
+these generators are only compared with each other."""
 SIZE_TOLERANCE = 0.05
 RESIZE_TRIES = 6
 GRACE_S = 60.0
@@ -86,11 +97,14 @@ class Cell:
         """What it changes in the recipe."""
         found = [f"{part}.seed={self.seed}" for part in ("encoder", "quantizer", "sid", "generator")]
         found += [f"variants={json.dumps(self.variants())}", "align=none", "evaluation.max_requests=1500"]
-        return found + (["resized_levels=[2,2,2]", *PAPER_SETTING, *SHORTER] if self.experiment == "sids" else [])  # resized later, see `resize`
+        return found + (
+            ["resized_levels=[2,2,2]", *PAPER_SETTING, *SIDS_TASKS[self.dataset]] if self.experiment == "sids" else []
+        )  # resized later, see `resize`
 
     def reuses(self) -> list[tuple[Cell, str]]:
         """(cell, artifact) that it takes over from cells before it: all cells of a data set share it."""
-        first = replace(self, seed=0, experiment="channels")
+        own_data = self.experiment == "sids" and any(change.startswith("data.") for change in SIDS_TASKS[self.dataset])
+        first = replace(self, seed=0, experiment="sids" if own_data else "channels")
         return [] if self == first else [(first, "dataset")]
 
 

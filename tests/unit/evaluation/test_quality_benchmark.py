@@ -226,7 +226,8 @@ def test_every_cell_is_a_valid_recipe_whose_seeds_share_data_and_requests(qualit
     for cell in quality.grid(quality.DATASETS, [0, 7]):
         recipe, changed = RECIPES[cell.dataset](), apply_overrides(RECIPES[cell.dataset](), cell.overrides())
         assert {part.seed for part in (changed.encoder, changed.quantizer, changed.sid, changed.generator)} == {cell.seed}
-        assert (changed.data, changed.evaluation.seed, changed.ranker) == (recipe.data, recipe.evaluation.seed, recipe.ranker)
+        assert (changed.evaluation.seed, changed.ranker) == (recipe.evaluation.seed, recipe.ranker)
+        assert (changed.data == recipe.data) == ((cell.dataset, cell.experiment) != ("marketplace", "sids"))
         assert (changed.evaluation.max_requests, changed.align, changed.variants[0]) == (1500, None, "cqsid")
         asked = (changed.encoder.steps, changed.generator.guided, changed.generator.soft_prompt)
         recommended = (recipe.encoder.steps, recipe.generator.guided, recipe.generator.soft_prompt)
@@ -397,7 +398,7 @@ def test_resizing_again_fits_nothing_again(quality: ModuleType, tmp_path: Path) 
 
 
 def test_cells_take_over_the_data_alone_and_keep_their_own(quality: ModuleType, tmp_path: Path) -> None:
-    channels = quality.Cell("marketplace", 0, "channels")
+    channels = quality.Cell("amazon_scientific", 0, "channels")
     for name in ("dataset", "encoder", "cqsid/quantizer", "cqsid/generator"):
         channels.artifact(tmp_path, name).mkdir(parents=True)
         (channels.artifact(tmp_path, name) / "manifest.json").write_text(name)
@@ -407,12 +408,19 @@ def test_cells_take_over_the_data_alone_and_keep_their_own(quality: ModuleType, 
         top = cell.artifact(tmp_path, "dataset").parent
         return {path.parent.relative_to(top).as_posix(): path.read_text() for path in top.rglob("manifest.json")}
 
-    assert found(quality.Cell("marketplace", 0, "sids")) == found(quality.Cell("marketplace", 1, "channels")) == {"dataset": "dataset"}
-    own = quality.Cell("marketplace", 1, "sids")
+    assert found(quality.Cell("amazon_scientific", 0, "sids")) == found(quality.Cell("amazon_scientific", 1, "channels")) == {"dataset": "dataset"}
+    own = quality.Cell("amazon_scientific", 1, "sids")
     own.artifact(tmp_path, "dataset").mkdir(parents=True)
     (own.artifact(tmp_path, "dataset") / "manifest.json").write_text("own")
     assert found(own) == {"dataset": "own"}
     assert len(found(channels)) == 4
+
+
+def test_sids_compared_on_other_data_than_the_channels_share_that(quality: ModuleType) -> None:
+    assert any(change.startswith("data.") for change in quality.SIDS_TASKS["marketplace"])
+    assert quality.Cell("marketplace", 2, "sids").reuses() == [(quality.Cell("marketplace", 0, "sids"), "dataset")]
+    assert quality.Cell("marketplace", 0, "sids").reuses() == []
+    assert quality.Cell("marketplace", 2, "channels").reuses() == [(quality.Cell("marketplace", 0, "channels"), "dataset")]
 
 
 def pretend(quality: ModuleType, root: Path, *, failing: Sequence[str] = ()) -> Any:
@@ -428,11 +436,11 @@ def pretend(quality: ModuleType, root: Path, *, failing: Sequence[str] = ()) -> 
 
 
 def test_grid_starts_a_cell_after_those_it_takes_over_from(quality: ModuleType, tmp_path: Path) -> None:
-    cells = quality.grid(["marketplace", "home_depot"], [0, 1])
+    cells = quality.grid(["amazon_scientific", "home_depot"], [0, 1])
     quality.run_grid(cells, tmp_path, jobs=3, command=pretend(quality, tmp_path), poll_s=0.005)
     order = (tmp_path / "order").read_text().splitlines()
     assert sorted(order) == sorted(f"{what} {cell}" for what in ("start", "end") for cell in cells)
-    for dataset in ("marketplace", "home_depot"):
+    for dataset in ("amazon_scientific", "home_depot"):
         first, *others = [cell for cell in cells if cell.dataset == dataset]
         assert (first.seed, first.experiment) == (0, "channels")
         assert all(order.index(f"end {first}") < order.index(f"start {other}") for other in others)
@@ -457,7 +465,7 @@ def test_interrupted_grid_ends_the_cells_that_it_started(quality: ModuleType, tm
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        quality.run_grid(quality.grid(["marketplace", "home_depot"], [0]), tmp_path, jobs=2, command=command, poll_s=0.005)
+        quality.run_grid(quality.grid(["amazon_scientific", "home_depot"], [0]), tmp_path, jobs=2, command=command, poll_s=0.005, grace_s=5.0)
     assert time.monotonic() - started < 30  # it waited for the first cell's process, which an interrupt ended
 
 
