@@ -12,7 +12,7 @@ Shapes: B prompts, L prompt tokens, G suffixes, T suffix tokens, d hidden.
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ Fused = Literal["mul", "add"]
 
 def can_pack(model: Decoder) -> bool:
     """Whether the decoder lies on a CPU whose torch has oneDNN."""
-    return model.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return model.device.type == "cpu" and has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @torch.inference_mode()
@@ -46,7 +47,7 @@ def pack(model: Decoder, dtype: torch.dtype = torch.float32) -> Decoder:
         return model
     packed = copy.copy(model)
     packed._modules = dict(model._modules)  # what is not replaced below is only read
-    packed.layers = torch.nn.ModuleList(_PackedLayer(layer, dtype) for layer in model.layers)
+    packed.layers = torch.nn.ModuleList(_PackedLayer(cast(Layer, layer), dtype) for layer in model.layers)
     packed.tokens = _PackedTokenTable(model.tokens, dtype)
     return packed.eval()
 

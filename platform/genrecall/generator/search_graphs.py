@@ -86,7 +86,7 @@ class SearchGraphs:
     def _record(self, prompts: Prompts) -> _Recorded | None:
         kept = Prompts(prompts.token_ids.clone(), prompts.lengths.clone(), None if prompts.soft is None else prompts.soft.clone())
         try:
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # allocations and lazy set-up happen before the recording
                 for _ in range(_WARM_UPS):
