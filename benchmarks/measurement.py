@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,3 +44,44 @@ def commit() -> str:
     """The repository's commit, "unknown" outside one."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+class Recorder:
+    """Collects the figures of a run, prints each and writes them as JSON records.
+
+    Args:
+        table: where the figures belong, unless a call says otherwise.
+        command: the benchmark's path in the repository and its arguments.
+        libraries: named in the line about the machine, with their versions.
+    """
+
+    def __init__(self, table: str, command: Sequence[str], *libraries: ModuleType) -> None:
+        self.table = table
+        self.common = {"machine": machine(*libraries), "command": " ".join(["python", *command]), "commit": commit()}
+        self.records: list[dict[str, Any]] = []
+
+    def __call__(self, row: str, metric: str, values: Sequence[float], *, threads: int, batch: int, beam: int | None = None, table: str | None = None) -> None:
+        """Record the median and quartiles of `values`, one per repeat."""
+        low, middle, high = quartiles(values)
+        figures = {"value": middle, "low": low, "high": high, "batch": batch, "beam": beam, "threads": threads}
+        self.records.append({"table": table or self.table, "row": row, "metric": metric, **figures, **self.common})
+        print(f"{row:32} batch {batch:5} threads {threads} {metric:36} {middle:10.2f} ({low:.2f} to {high:.2f})", flush=True)
+
+    def write(self, path: Path) -> None:
+        """Write all records."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.records, indent=1) + "\n")
+
+
+def interleaved(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side, one call of each after the other in every repeat, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            times[name].append(seconds(side))
+    return times
+
+
+def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
+    """slower / faster, within each repeat."""
+    return [slow / fast for slow, fast in zip(slower, faster, strict=True)]

@@ -51,8 +51,23 @@ class PrefixMasks(NamedTuple):
     @classmethod
     def from_leaves(cls, trie: Trie, leaves: Tensor) -> PrefixMasks:
         """The masks that allow exactly the prefixes of the allowed SIDs, bool [B or 1, S]."""
+        if leaves.device.type == "cpu":
+            nodes2 = _any_of_owner(leaves, trie.node_of_leaf, len(trie.tokens2))
+            return cls(_any_of_owner(nodes2, trie.level1_of_node, trie.alphabet_sizes[0]), nodes2, leaves)
         nodes2 = _any_in_segment(leaves, trie.offsets3)
         return cls(_any_in_segment(nodes2, trie.offsets2), nodes2, leaves)
+
+    def without(self, trie: Trie, sid_rows: Tensor) -> PrefixMasks:
+        """These masks of one row less a few SIDs int64 [n], in the time of a copy: only the prefixes of those are looked at again."""
+        left, nodes2, level1 = self.leaves.clone(), self.nodes2.clone(), self.level1.clone()
+        left[:, sid_rows] = False
+        nodes = trie.node_of_leaf[sid_rows]  # some twice, which does no harm
+        children = _children(trie.offsets3, nodes, trie.max_children3)
+        nodes2[0, nodes] = (left[0][children.ids] & children.valid).any(-1)
+        tokens = trie.level1_of_node[nodes]
+        children = _children(trie.offsets2, tokens, trie.max_children2)
+        level1[0, tokens] = (nodes2[0][children.ids] & children.valid).any(-1)
+        return PrefixMasks(level1, nodes2, left)
 
 
 class BeamResult(NamedTuple):
@@ -266,10 +281,12 @@ def sample_group(
     uniforms: Tensor | None = None,
     generator: torch.Generator | None = None,
     temperature: float = 1.0,
+    state: PromptState | None = None,
 ) -> GroupSamples:
     """Draw `group_size` independent answers per prompt by inverting the cumulative distribution of each level.
 
     Under "level" an answer may be no SID (`sid_rows` -1); under "trie" it never is. "full" has no sampling: a text token is no answer.
+    On a CPU a prefix that several samples share is read once, and one with a single child, whose probability is 1, not at all.
 
     Args:
         model, prompts, trie: on one device.
@@ -278,6 +295,7 @@ def sample_group(
         uniforms: float [B, G, 3] in [0, 1); the answers are a function of them, whatever the batch they are drawn in.
         generator: draws the uniforms where they are not given; one of the two is needed.
         temperature: divides the logits.
+        state: what `model.prefill(prompts)` gave, where it is known already.
 
     Raises:
         DecodingError: another support, group_size below 1, uniforms of another shape, neither or both sources of randomness.
@@ -298,15 +316,47 @@ def sample_group(
         raise DecodingError(f"uniforms: expected shape {list(shape)}, got {list(uniforms.shape)}")
     uniforms = uniforms.to(model.device)
 
-    state = model.prefill(prompts)
+    state = model.prefill(prompts) if state is None else state
     levels = _Levels(model, support, trie, temperature, _guide(model, prompts, trie))
     token1, log1 = _draw(levels.first(state.last_hidden), uniforms[..., 0])
-    hidden, past = model.extend(model.embed_level_tokens(token1, 0)[:, :, None], state)
-    token2, log2 = _draw(levels.second(hidden[:, :, 0], token1), uniforms[..., 1])
-    hidden, _ = model.extend(model.embed_level_tokens(token2, 1)[:, :, None], state, past)
-    token3, log3 = _draw(levels.third(hidden[:, :, 0], token1, token2), uniforms[..., 2])
+    first = _Distinct.of(token1)
+    hidden, past = model.extend(model.embed_level_tokens(token1.gather(1, first.samples), 0)[:, :, None], state)
+    token2, log2 = _draw(levels.second(first.spread(hidden), token1), uniforms[..., 1])
+    prefixes = token1 * trie.alphabet_sizes[1] + token2
+    if support == "trie":
+        node = trie.find_node(token1, token2)
+        prefixes = torch.where(trie.offsets3[node + 1] - trie.offsets3[node] > 1, prefixes, -1)
+    second = _Distinct.of(prefixes)
+    past = [_reorder(layer, first.places.gather(1, second.samples)) for layer in past]
+    hidden, _ = model.extend(model.embed_level_tokens(token2.gather(1, second.samples), 1)[:, :, None], state, past)
+    token3, log3 = _draw(levels.third(second.spread(hidden), token1, token2), uniforms[..., 2])
     tokens = torch.stack((token1, token2, token3), dim=-1)
     return GroupSamples(tokens, trie.find(tokens).int(), torch.stack((log1, log2, log3), dim=-1))
+
+
+class _Distinct(NamedTuple):
+    """The distinct ones among the prefixes of each group.
+
+    samples: int64 [B, U], a sample that has each of them, U being the most that any group has. places: int64 [B, G], each sample's prefix among them.
+    """
+
+    samples: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, prefixes: Tensor) -> _Distinct:
+        """Of prefixes int64 [B, G]; off the CPU each sample counts as distinct, because counting would wait for the device."""
+        if prefixes.device.type != "cpu":
+            every = torch.arange(prefixes.shape[1], device=prefixes.device).expand_as(prefixes)
+            return cls(every, every)
+        ordered, order = prefixes.sort(dim=1, stable=True)
+        rank = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0)).cumsum(1)
+        samples = torch.zeros(len(prefixes), int(rank.max()) + 1, dtype=torch.int64).scatter_reduce(1, rank, order, "amin", include_self=False)
+        return cls(samples, torch.empty_like(order).scatter_(1, order, rank))
+
+    def spread(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, G, d] of all samples, given those [B, U, 1, d] of the distinct prefixes."""
+        return hidden[:, :, 0].gather(1, self.places[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def _draw(log_probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,6 +380,7 @@ def group_log_probs(
     support: Support = "level",
     trie: Trie | None = None,
     temperature: float = 1.0,
+    state: PromptState | None = None,
     return_level_log_probs: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -343,6 +394,7 @@ def group_log_probs(
     support: Support = "level",
     trie: Trie | None = None,
     temperature: float = 1.0,
+    state: PromptState | None = None,
     return_level_log_probs: Literal[True],
 ) -> GroupLogProbs: ...
 
@@ -355,6 +407,7 @@ def group_log_probs(
     support: Support = "level",
     trie: Trie | None = None,
     temperature: float = 1.0,
+    state: PromptState | None = None,
     return_level_log_probs: bool = False,
 ) -> Tensor | GroupLogProbs:
     """Differentiable log-probabilities [B, G, 3] of a group of answers per prompt: what SFT and RL train with.
@@ -366,6 +419,7 @@ def group_log_probs(
         tokens: int64 [B, G, 3]. A token of -1, and whatever follows it in the answer, is masked: it counts 0 and passes no gradient.
         support: see the module's head. `trie` is needed for "trie".
         temperature: divides the logits; the same as in sampling, for a ratio of the two to mean anything.
+        state: what `model.prefill(prompts)` gave, where it is known already.
         return_level_log_probs: also return the distributions, for KL and entropy.
 
     Raises:
@@ -379,7 +433,7 @@ def group_log_probs(
     inputs = torch.where(kept, tokens, 0)
     _check_tokens(model, trie, support, inputs, kept)
 
-    state = model.prefill(prompts)
+    state = model.prefill(prompts) if state is None else state
     embedded = torch.stack((model.embed_level_tokens(inputs[..., 0], 0), model.embed_level_tokens(inputs[..., 1], 1)), dim=2)
     hidden, _ = model.extend(embedded, state)
     levels = _Levels(model, support, trie, temperature, _guide(model, prompts, trie))
@@ -460,8 +514,16 @@ def _child_mask(children: _Children, tokens: Tensor, alphabet: int) -> Tensor:
 
 def _any_in_segment(values: Tensor, offsets: Tensor) -> Tensor:
     """Whether any of bool [B, C] is set in each slice `offsets[i]:offsets[i + 1]`: bool [B, len(offsets) - 1]."""
-    counts = torch.nn.functional.pad(values.int().cumsum(-1), (1, 0))
-    return counts[:, offsets[1:].long()] > counts[:, offsets[:-1].long()]
+    counts = torch.nn.functional.pad(values.cumsum(-1, dtype=torch.int32), (1, 0)).index_select(1, offsets)
+    return counts[:, 1:] > counts[:, :-1]
+
+
+def _any_of_owner(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """As `_any_in_segment`, given the segment int64 [C] of each entry; on a CPU, where looking for the set ones costs no sync and a quarter of the sums."""
+    found = torch.zeros(len(values), count, dtype=torch.bool)
+    for row, flags in zip(found.numpy(), values.numpy(), strict=True):
+        row[owner.numpy()[flags.nonzero()[0]]] = True
+    return found
 
 
 def _check(model: Decoder, trie: Trie | None, support: str) -> None:

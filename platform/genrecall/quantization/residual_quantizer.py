@@ -13,10 +13,11 @@ Shapes: B rows, D embedding dimension, Z latent dimension, K_l codes at level l 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from genrecall.quantization.level1_categories import Level1Categories
 
 LevelSizes = tuple[int, int, int]
 _PLACE_CHUNK = 8192
+_SCORES_IN_CACHE = 1 << 18  # float32: 1 MB, a CPU core's own cache
+_SCORE_BLOCK = 64
 
 
 class QuantizerError(ValueError):
@@ -70,6 +73,30 @@ class Quantized:
     commitment: Tensor
     inputs: tuple[Tensor, Tensor, Tensor]
     forced: Tensor
+
+
+class _Commitment(torch.autograd.Function):
+    """The mean over rows of sum_l |residual_l|^2 as a function of z, given the residuals: one node in place of twenty.
+
+    Terms, and the order in which they are added, are those that autograd would use, so gradients are the same to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, *residuals: Tensor) -> Tensor:
+        ctx.save_for_backward(*residuals)
+        total = z.new_zeros(())
+        for residual in residuals:
+            total = total + residual.square().sum(dim=1).mean()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        residuals = ctx.saved_tensors
+        factor = gradients[0] / len(residuals[0])
+        pull = 2.0 * residuals[-1] * factor
+        for residual in reversed(residuals[:-1]):
+            pull = pull + 2.0 * residual * factor
+        return pull, *(None for _ in residuals)
 
 
 class _Codebook(nn.Module):
@@ -119,21 +146,17 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, z: Tensor, level1: Tensor | None = None) -> Quantized:
         """Quantise z [B, Z]; rows with `level1` >= 0 (int64 [B]) take that code at level 1, all others the nearest."""
-        residual = z
-        codes, inputs = [], []
-        commitment = z.new_zeros(())
-        for number, vectors in enumerate(self.codebooks):
-            chosen = nearest_codes(residual.detach(), vectors)
-            if number == 0 and level1 is not None:
-                chosen = torch.where(level1 >= 0, level1, chosen)
-            vector = vectors[chosen]
-            codes.append(chosen)
-            inputs.append(residual.detach())
-            residual = residual - vector
-            commitment = commitment + residual.square().sum(dim=1).mean()
         forced = torch.zeros(len(z), dtype=torch.bool, device=z.device) if level1 is None else level1 >= 0
-        # z - residual is the sum of the chosen codes, with no gradient; adding z's own gradient back makes it straight-through.
-        straight_through = z - residual.detach()
+        codes, inputs = [], [z.detach()]
+        for number, vectors in enumerate(self.codebooks):
+            chosen = nearest_codes(inputs[-1], vectors)
+            if number == 0 and level1 is not None:
+                chosen = torch.where(forced, level1, chosen)
+            codes.append(chosen)
+            inputs.append(inputs[-1] - vectors.index_select(0, chosen))
+        commitment = cast(Tensor, _Commitment.apply(z, *inputs[1:]))  # type: ignore[no-untyped-call]
+        # z - residual is the sum of the chosen codes, with no gradient; z's own gradient makes it straight-through.
+        straight_through = z - inputs[-1]
         return Quantized(torch.stack(codes, dim=1), straight_through, commitment, (inputs[0], inputs[1], inputs[2]), forced)
 
     @torch.no_grad()
@@ -213,7 +236,22 @@ class ResidualQuantizer(nn.Module):
 def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
     """The nearest code int64 [n] (squared distance) of rows [n, Z] in a codebook [K, Z]; the lowest number among equals."""
     # |r - e|^2 = |r|^2 - 2 (r.e - |e|^2 / 2), and |r|^2 does not change the order: one matrix product, no square root.
-    return torch.addmm(codebook.square().sum(dim=1).mul(-0.5), rows, codebook.T).argmax(dim=1)
+    half_norms = codebook.square().sum(dim=1).mul(-0.5)
+    if rows.device.type != "cpu":
+        return torch.addmm(half_norms, rows, codebook.T).argmax(dim=1)
+    chunks = torch.split(rows, max(64, _SCORES_IN_CACHE // len(codebook)))
+    return torch.cat([_first_highest(torch.addmm(half_norms, chunk, codebook.T)) for chunk in chunks])
+
+
+def _first_highest(scores: Tensor) -> Tensor:
+    """`scores.argmax(dim=1)`, the first among equals, of float32 [n, K]: torch's argmax is scalar on CPUs, its amax uses vectors."""
+    rows, width = scores.shape
+    block = math.gcd(width, _SCORE_BLOCK)
+    if block < 8 or block == width:
+        return scores.argmax(dim=1)
+    chosen = scores.view(rows, width // block, block).amax(dim=2).argmax(dim=1)
+    of_chosen = scores.view(-1, block).index_select(0, chosen + torch.arange(rows) * (width // block))
+    return chosen * block + of_chosen.argmax(dim=1)
 
 
 def kmeans(rows: Tensor, size: int, *, generator: torch.Generator, iterations: int = 10) -> Tensor:

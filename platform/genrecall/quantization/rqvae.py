@@ -104,7 +104,7 @@ def rqvae_loss(
     """
     z = cast(Tensor, model.encoder(x))
     quantized = model.quantizer(z, level1)
-    reconstruction = (x - model.decoder(quantized.straight_through)).square().sum(dim=1).mean()
+    reconstruction = nn.functional.mse_loss(model.decoder(quantized.straight_through), x, reduction="sum") / len(x)
     loss = reconstruction + beta * quantized.commitment
     metrics = {"reconstruction": reconstruction.detach(), "commitment": quantized.commitment.detach()}
     if queries is not None:

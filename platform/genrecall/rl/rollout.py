@@ -121,7 +121,8 @@ class RolloutWorker:
         config, device = self._config, self._model.device
         prompts = task.prompts(device)
         uniforms = torch.from_numpy(counter_uniforms(config.seed, task.step, task.request_rows, config.group_size, 3)).to(device)
-        samples = sample_group(self._model, prompts, self._trie, group_size=config.group_size, support=config.support, uniforms=uniforms)
+        state = self._model.prefill(prompts)  # read once, for samples and experts
+        samples = sample_group(self._model, prompts, self._trie, group_size=config.group_size, support=config.support, uniforms=uniforms, state=state)
         sampled_rows = samples.sid_rows.cpu().numpy().astype(np.int32)
 
         known = (task.expert_sids >= 0) & (task.expert_sids < len(self._trie))
@@ -144,7 +145,7 @@ class RolloutWorker:
             tokens = torch.where(seats, forced_tokens, tokens)
             columns = slice(config.group_size - config.num_experts, None)  # experts sit in the last places only
             trie = self._trie if config.support == "trie" else None
-            forced = group_log_probs(self._model, prompts, tokens[:, columns], support=config.support, trie=trie)
+            forced = group_log_probs(self._model, prompts, tokens[:, columns], support=config.support, trie=trie, state=state)
             log_probs[:, columns] = torch.where(seats[:, columns], forced, log_probs[:, columns])
         sid_rows = np.where(experts, places.expert_sid, np.take_along_axis(sampled_rows, np.maximum(places.sample, 0), axis=1))
         return Rollout(

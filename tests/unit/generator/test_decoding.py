@@ -461,6 +461,27 @@ def test_samples_are_a_function_of_the_uniforms_whatever_the_batch() -> None:
     assert (highest.sid_rows >= 0).all()
 
 
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_samples_that_share_prefixes_are_those_drawn_one_at_a_time(kind: str) -> None:
+    # Thirty samples of five level-1 codes share prefixes, and many a level-2 node of this trie has one child, whose probability is 1.
+    model, support, prompts = decoder(kind), support_of(kind), some_prompts()
+    trie = some_trie()
+    uniforms = torch.rand(3, 30, 3, generator=torch.Generator().manual_seed(8))
+    state = model.prefill(prompts)
+    together = sample_group(model, prompts, trie, group_size=30, support=support, uniforms=uniforms, state=state)
+    for sample in range(30):
+        alone = sample_group(model, prompts, trie, group_size=1, support=support, uniforms=uniforms[:, sample : sample + 1])
+        assert torch.equal(together.tokens[:, sample], alone.tokens[:, 0])
+        torch.testing.assert_close(together.log_probs[:, sample], alone.log_probs[:, 0], atol=1e-5, rtol=1e-5)
+    node = trie.find_node(together.tokens[..., 0], together.tokens[..., 1])
+    only = (node >= 0) & (trie.offsets3[node + 1] - trie.offsets3[node] == 1)
+    assert bool(only.any())
+    if support == "trie":
+        assert bool((together.log_probs[..., 2][only] == 0).all())
+    scored = group_log_probs(model, prompts, together.tokens, support=support, trie=trie)
+    torch.testing.assert_close(group_log_probs(model, prompts, together.tokens, support=support, trie=trie, state=state), scored)
+
+
 def test_what_cannot_be_decoded_is_refused() -> None:
     model, trie, prompts = decoder(), some_trie(), some_prompts()
     tokens = paths_of(trie)[torch.zeros(3, 1, dtype=torch.int64)]

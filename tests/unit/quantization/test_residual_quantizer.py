@@ -137,6 +137,34 @@ def test_nearest_codes_equal_brute_force():
     assert nearest_codes(rows, book).tolist() == torch.cdist(rows, book).argmin(dim=1).tolist()
 
 
+@pytest.mark.parametrize("size", [7, 64, 192, 1000, 2048])
+def test_of_equally_near_codes_the_lowest_number_is_taken(size):
+    # Sizes that take the search in blocks and sizes that cannot; small whole numbers, so that products are exact and ties are many.
+    rng = np.random.default_rng(3)
+    book, rows = rng.integers(-3, 4, (size, 4)), rng.integers(-3, 4, (300, 4))
+    wanted = ((rows[:, None] - book) ** 2).sum(axis=2).argmin(axis=1)
+    assert nearest_codes(torch.tensor(rows).float(), torch.tensor(book).float()).tolist() == wanted.tolist()
+    assert nearest_codes(torch.zeros(0, 4), torch.tensor(book).float()).shape == (0,)
+
+
+def test_gradients_equal_those_of_the_loss_written_out():
+    generator = torch.Generator().manual_seed(4)
+    books = [torch.randn(size, 5, generator=generator).tolist() for size in (6, 4, 4)]
+    quantizer = quantizer_with(*books)
+    z = torch.randn(9, 5, generator=generator)
+    weight = torch.randn(9, 5, generator=generator)
+    mine, plain = z.clone().requires_grad_(), z.clone().requires_grad_()
+    found = quantizer(mine)
+    (3.0 * found.commitment + (weight * found.straight_through).sum()).backward()
+    residual, commitment = plain, torch.zeros(())
+    for level, book in enumerate(books):
+        residual = residual - torch.tensor(book)[found.codes[:, level]]
+        commitment = commitment + residual.square().sum(dim=1).mean()
+    (3.0 * commitment + (weight * (plain - residual.detach())).sum()).backward()
+    assert torch.equal(found.commitment, commitment)
+    assert torch.equal(mine.grad, plain.grad)
+
+
 def frozen(categories=None):
     torch.manual_seed(0)
     encoder = ResidualMlp(6, 5, 4)

@@ -1,0 +1,77 @@
+"""The reinforcement learning benchmark's quick mode: all sides compute the same, and every figure is recorded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.sid.trie import Trie
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("rl")
+
+
+def test_quick_mode_compares_all_sides_and_writes_records(benchmark: ModuleType, tmp_path: Path) -> None:
+    records = benchmark.main(["--quick", "--threads", "1", "--output", str(tmp_path / "rl.json")])
+    assert json.loads((tmp_path / "rl.json").read_text()) == records
+    of_table = {table: {record["metric"] for record in records if record["table"] == table} for table in ("rl", "throughput")}
+    assert of_table["rl"] >= {"speedup_group_sampling", "speedup_group_sampling_packed", "speedup_packed_update", "speedup_packed_update_vs_all_logits"}
+    assert of_table["throughput"] >= {"step_speedup_vs_trl_style", *(f"ours_{part}_ms" for part in benchmark.PARTS)}
+    rows = {(record["row"], record["batch"]) for record in records}
+    assert rows == {("uniform, group 4", 2), ("clustered, group 4", 2), ("group 4", 2), ("3 prompts, group 4, 2 experts", 3)}
+    assert set(records[0]) == {"table", "row", "metric", "value", "low", "high", "batch", "beam", "threads", "machine", "command", "commit"}
+
+
+def test_generate_reports_log_probabilities_over_the_children(benchmark: ModuleType) -> None:
+    task = benchmark.QUICK.decoder
+    model = Decoder(benchmark.decoder_config(task), seed=0).eval()
+    tokens = benchmark.sid_tokens("clustered", task, np.random.default_rng(1))
+    trie = Trie.from_tokens(tokens, model.config.alphabet_sizes)
+    ids = torch.randint(0, task.text_vocab_size, (3, task.prompt_tokens), generator=torch.Generator().manual_seed(2))
+    sampler = benchmark.Sampler(benchmark.as_hugging_face(model), tokens, model.config, task.prompt_tokens)
+    answers, reported = sampler.scored(ids, 5)
+    assert answers.shape == (3, 5, 3)
+    assert bool((trie.find(answers) >= 0).all())
+    with torch.no_grad():
+        wanted = group_log_probs(model, benchmark.prompts_of(ids), answers, support="trie", trie=trie)
+        over_level = group_log_probs(model, benchmark.prompts_of(ids), answers)
+    torch.testing.assert_close(reported, wanted, atol=1e-4, rtol=0)
+    assert not torch.allclose(reported, over_level, atol=1e-2)
+
+
+def test_unequal_work_is_not_compared(benchmark: ModuleType) -> None:
+    model = Decoder(benchmark.decoder_config(benchmark.QUICK.decoder), seed=0)
+    theirs = benchmark.as_hugging_face(model)
+    with pytest.raises(SystemExit, match=r"losses differ by 1\.00e\+00; not comparing"):
+        benchmark.require_close("losses", torch.tensor(1.0), torch.tensor(2.0))
+    for one in (model, theirs):
+        for parameter in one.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    benchmark.require_same_gradients("update", model, theirs)
+    theirs.model.layers[1].mlp.up_proj.weight.grad[3, 4] += 0.01
+    with pytest.raises(SystemExit, match=r"update: gradients of model\.layers\.1\.mlp\.up_proj\.weight"):
+        benchmark.require_same_gradients("update", model, theirs)
+
+
+def test_rewards_are_looked_up_by_request_and_answer(benchmark: ModuleType) -> None:
+    tokens = benchmark.sid_tokens("uniform", benchmark.QUICK.decoder, np.random.default_rng(3))
+    requests = benchmark.Requests.drawn(benchmark.QUICK, tokens, np.random.default_rng(4))
+    rewards = requests.rewarded(requests.logged)
+    assert rewards.tolist() == [pytest.approx([1.0, 0.5, 0.5, 0.5, 0.5])] * 3
+    other = torch.from_numpy(tokens[[row for row in range(200) if row not in requests.sid_rows[0]][:2]].astype(np.int64))
+    assert requests.rewarded(other[None]).tolist() == [pytest.approx([0.1, 0.1])]
