@@ -1,7 +1,7 @@
 """Constrained beam search against Hugging Face `generate` and against a competent user of its model.
 
-All sides run the same weights, trie, prompts and thread count in one process, one after the other within each repeat. A
-side whose answers differ is not timed. Ratios are what counts: each is the median over repeats of the ratio within a repeat.
+All sides run the same weights, trie, prompts and thread count in one process, one after the other within each repeat; with one thread times are the
+process's processor time, which a busy machine hardly changes. A side whose answers differ is not timed. Ratios are what counts: each is the median over repeats of the ratio within a repeat.
 
 Sides:
 - ours: `beam_search` with packed weights, scores over the level (the default) or over the whole vocabulary ("full", the arithmetic the others do);
@@ -34,7 +34,7 @@ import faiss
 import numpy as np
 import torch
 import transformers
-from measurement import commit, machine, quartiles, seconds
+from measurement import clock, commit, interleaved, machine, quartiles
 from torch import Tensor
 
 from genrecall.generator.decoding import beam_search
@@ -214,7 +214,7 @@ def product_rate(config: DecoderConfig, rows: int) -> float:
     """Floating-point operations a second of the task's largest matrix product, the best of some runs."""
     x, weight = torch.randn(rows, config.hidden_size), torch.randn(2 * config.intermediate_size, config.hidden_size)
     with torch.inference_mode():
-        best = min(seconds(lambda: torch.nn.functional.linear(x, weight)) for _ in range(20))
+        best = min(clock()(lambda: torch.nn.functional.linear(x, weight)) for _ in range(20))
     return 2.0 * rows * weight.numel() / best
 
 
@@ -285,12 +285,8 @@ def compare(
     sides |= others | tower | {"expand": lambda: [index.expand(row, 2_000) for row in rows]}
     for side in sides.values():
         side()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    rates = []
-    for _ in range(repeats):
-        for name, side in sides.items():
-            times[name].append(seconds(side))
-        rates.append(product_rate(model.config, len(prompts) * beam))
+    times = interleaved(sides, repeats)
+    rates = [product_rate(model.config, len(prompts) * beam) for _ in range(repeats)]
     where = {"batch": len(prompts), "beam": beam}
     for name, values in times.items():
         record(kind, f"{name}_ms", [1e3 * value for value in values], **where)
@@ -345,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     task = Task(**{**task.__dict__, **changes})
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     common = {
         "threads": options.threads,

@@ -23,6 +23,13 @@ def seconds(side: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def cpu_seconds(side: Callable[[], Any]) -> float:
+    """Seconds of processor time, of all threads of this process, of one call: with one thread what a core of one's own would take, however busy the machine."""
+    started = time.process_time()
+    side()
+    return time.process_time() - started
+
+
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median and upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
@@ -73,15 +80,29 @@ class Recorder:
         path.write_text(json.dumps(self.records, indent=1) + "\n")
 
 
+def clock() -> Callable[[Callable[[], Any]], float]:
+    """What times a call: processor time where torch has one thread, which other processes hardly change, else wall-clock time."""
+    return cpu_seconds if torch.get_num_threads() == 1 else seconds
+
+
 def interleaved(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, one call of each after the other in every repeat, so that a slow moment of the machine meets all of them."""
+    """Seconds of each side by `clock`, one call of each after the other in every repeat, so that a slow moment of the machine meets all of them."""
+    timed = clock()
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():
-            times[name].append(seconds(side))
+            times[name].append(timed(side))
     return times
 
 
 def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
     """slower / faster, within each repeat."""
     return [slow / fast for slow, fast in zip(slower, faster, strict=True)]
+
+
+def write_tables(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records into a file that several benchmarks share: the tables among them are replaced, others stay."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    tables = {record["table"] for record in records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([record for record in kept if record["table"] not in tables] + list(records), indent=1) + "\n")

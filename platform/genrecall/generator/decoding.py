@@ -185,7 +185,7 @@ class _Search:
     def third_level(self, node: Tensor, score2: Tensor, token2: Tensor, parent2: Tensor, past: list[KeysValues], width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Leaves, scores and parents [B, W] of the best SIDs."""
         embedded = self.model.embed_level_tokens(token2, 1)
-        hidden, _ = self.model.extend(embedded[:, :, None], self.state, [_reorder(layer, parent2) for layer in past])
+        hidden, _ = self.model.extend(embedded[:, :, None], self.state, [kept_keys_values(layer, parent2) for layer in past])
         trie = self.trie
         children = _children(trie.offsets3, node, trie.max_children3)
         mask = None if self.allowed is None else self.allowed.leaves
@@ -245,7 +245,7 @@ def _children(offsets: Tensor, parents: Tensor, most: int) -> _Children:
     return _Children(torch.where(valid, ids, 0), valid)
 
 
-def _reorder(layer: KeysValues, parents: Tensor) -> KeysValues:
+def kept_keys_values(layer: KeysValues, parents: Tensor) -> KeysValues:
     """The keys and values [B, K, W, T, e] of each beam's parent [B, W']."""
     keys, values = layer
     index = parents[:, None, :, None, None].expand(-1, keys.shape[1], -1, keys.shape[3], keys.shape[4])
@@ -300,12 +300,7 @@ def sample_group(
     Raises:
         DecodingError: another support, group_size below 1, uniforms of another shape, neither or both sources of randomness.
     """
-    _check(model, trie, support)
-    if support == "full":
-        raise DecodingError("support: samples are drawn from 'level' or 'trie', got 'full'")
-    _check_temperature(temperature)
-    if group_size < 1:
-        raise DecodingError(f"group_size: expected at least 1, got {group_size}")
+    check_sampling(model, trie, support, temperature, group_size)
     if (uniforms is None) == (generator is None):
         raise DecodingError("sample_group: give either uniforms [B, G, 3] or a torch.Generator")
     shape = (len(prompts), group_size, 3)
@@ -317,7 +312,7 @@ def sample_group(
     uniforms = uniforms.to(model.device)
 
     state = model.prefill(prompts) if state is None else state
-    levels = _Levels(model, support, trie, temperature, _guide(model, prompts, trie))
+    levels = LevelLogProbs.of(model, prompts, support=support, trie=trie, temperature=temperature)
     token1, log1 = _draw(levels.first(state.last_hidden), uniforms[..., 0])
     first = _Distinct.of(token1)
     hidden, past = model.extend(model.embed_level_tokens(token1.gather(1, first.samples), 0)[:, :, None], state)
@@ -327,7 +322,7 @@ def sample_group(
         node = trie.find_node(token1, token2)
         prefixes = torch.where(trie.offsets3[node + 1] - trie.offsets3[node] > 1, prefixes, -1)
     second = _Distinct.of(prefixes)
-    past = [_reorder(layer, first.places.gather(1, second.samples)) for layer in past]
+    past = [kept_keys_values(layer, first.places.gather(1, second.samples)) for layer in past]
     hidden, _ = model.extend(model.embed_level_tokens(token2.gather(1, second.samples), 1)[:, :, None], state, past)
     token3, log3 = _draw(levels.third(second.spread(hidden), token1, token2), uniforms[..., 2])
     tokens = torch.stack((token1, token2, token3), dim=-1)
@@ -436,7 +431,7 @@ def group_log_probs(
     state = model.prefill(prompts) if state is None else state
     embedded = torch.stack((model.embed_level_tokens(inputs[..., 0], 0), model.embed_level_tokens(inputs[..., 1], 1)), dim=2)
     hidden, _ = model.extend(embedded, state)
-    levels = _Levels(model, support, trie, temperature, _guide(model, prompts, trie))
+    levels = LevelLogProbs.of(model, prompts, support=support, trie=trie, temperature=temperature)
     distributions = (
         levels.first(state.last_hidden),
         levels.second(hidden[:, :, 0], inputs[..., 0]),
@@ -455,7 +450,7 @@ def _picked(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 @dataclass
-class _Levels:
+class LevelLogProbs:
     """Log-probabilities over whole alphabets, -inf outside the support; the same for samples and for their update."""
 
     model: Decoder
@@ -463,6 +458,11 @@ class _Levels:
     trie: Trie | None
     temperature: float
     guide: Guide | None
+
+    @classmethod
+    def of(cls, model: Decoder, prompts: Prompts, *, support: Support, trie: Trie | None, temperature: float) -> LevelLogProbs:
+        """Those of prompts whose model and trie have been checked, see `check_sampling`."""
+        return cls(model, support, trie, temperature, _guide(model, prompts, trie))
 
     def first(self, last_hidden: Tensor) -> Tensor:
         """[B, 1, A1]."""
@@ -541,6 +541,20 @@ def _check(model: Decoder, trie: Trie | None, support: str) -> None:
         )
     if trie.device != model.device:
         raise DecodingError(f"trie: lies on {trie.device}, the decoder on {model.device}; move it with trie.to(...)")
+
+
+def check_sampling(model: Decoder, trie: Trie, support: str, temperature: float, group_size: int) -> None:
+    """Check that groups can be sampled.
+
+    Raises:
+        DecodingError: support "full" or an unknown one, group_size below 1, a temperature that is not positive, or a trie that is not the model's.
+    """
+    _check(model, trie, support)
+    if support == "full":
+        raise DecodingError("support: samples are drawn from 'level' or 'trie', got 'full'")
+    _check_temperature(temperature)
+    if group_size < 1:
+        raise DecodingError(f"group_size: expected at least 1, got {group_size}")
 
 
 def _check_guided(model: Decoder, trie: Trie | None, support: str) -> None:

@@ -32,6 +32,10 @@ _LEAST = 1e-30
 """A sum of weights below this counts as this; reached by level-1 codes without a SID, which are masked wherever it would matter."""
 
 
+LEXICON_TOKENS = 128
+"""Tokens of an item's text that its lexicon entry is made of, at most."""
+
+
 class Guide(NamedTuple):
     """a_l * log g of each token given its prefix: level1 [B, A1], nodes2 [B, N2], leaves [B, S]."""
 
@@ -127,14 +131,30 @@ class Guidance(nn.Module):
     def logits_of_items(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, trie: Trie) -> Tensor:
         """a_3 * s float32 [m] of the items at int64 [m] `positions`, for one query: its vector float [d] and its prompt's token ids int64 [L]."""
         assert trie.item_vectors is not None, "checked by decoding"
-        logits = self.sharpness * (trie.item_vectors[positions].float() @ query_vector.float())
+        words = (self.item_offsets, self.item_tokens) if self.lexical_weight else None
+        return self._logits(query_vector, token_ids, positions, trie.item_vectors, words)
+
+    @torch.no_grad()
+    def logits_of_later_items(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, vectors: Tensor, words: tuple[Tensor, Tensor] | None) -> Tensor:
+        """As `logits_of_items`, of items that came after the trie was built.
+
+        Args:
+            vectors: float [n, d], the encoder's. words: offsets int64 [n + 1] and text tokens int32 of their texts, distinct within an item; read where
+                words guide. A token that no published item holds counts nothing.
+        """
+        return self._logits(query_vector, token_ids, positions, vectors, words)
+
+    def _logits(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, vectors: Tensor, words: tuple[Tensor, Tensor] | None) -> Tensor:
+        logits = self.sharpness * (vectors[positions].float() @ query_vector.float())
         if self.lexical_weight:
+            assert words is not None, "checked by the retriever"
+            offsets, tokens = words
             shares = self._token_shares(token_ids[None], torch.tensor([len(token_ids)], device=token_ids.device))[0]
-            starts = self.item_offsets[positions].long()
-            counts = self.item_offsets[positions + 1].long() - starts
+            starts = offsets[positions].long()
+            counts = offsets[positions + 1].long() - starts
             owner = torch.repeat_interleave(counts)
             entries = starts[owner] + torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-            held = torch.zeros(len(positions), device=owner.device).index_add_(0, owner, shares[self.item_tokens[entries].long()])
+            held = torch.zeros(len(positions), device=owner.device).index_add_(0, owner, shares[tokens[entries].long()])
             logits = logits + self.lexical_weight * held
         return self.level_weights[-1].float() * logits
 

@@ -3,6 +3,9 @@
 An item's score is the log-probability of its SID; inside a SID the index's order holds. With guidance (`guidance.py`) it is the item's own
 log-probability: that of the SID plus that of the item among the SID's, by the encoder, so that a large cluster's best item may
 come before a small one's. Nothing here trains.
+
+A filter masks the search and then the items, and changes no score: where the beam covers every prefix the answer is the unfiltered one less what fails.
+
 Shapes: R requests, S SIDs, m items of one answer.
 """
 
@@ -19,16 +22,25 @@ from torch import Tensor
 
 from genrecall.device import default_device
 from genrecall.encoders.text_encoder import TextEncoder, load_encoder
-from genrecall.generator.decoding import Support, beam_search
+from genrecall.generator.decoding import BeamResult, PrefixMasks, Support, beam_search
 from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.filter_cache import FilterCache
 from genrecall.generator.model import Decoder, Prompts
 from genrecall.generator.packed_decoder import pack
-from genrecall.sid.index import SidIndex, load_index, load_sid_table, load_trie
+from genrecall.generator.search_graphs import SearchGraphs
+from genrecall.sid.filters import Filter, load_filters
+from genrecall.sid.index import load_index, load_sid_table, load_trie
+from genrecall.sid.segments import SegmentedIndex, ServedIndex
 from genrecall.sid.semantic_id import SidTable
 from genrecall.sid.trie import Trie
 
 MAX_BATCH = 256
 """Requests decoded together; more are cut into batches of this size."""
+
+MAX_MASK_BYTES = 256 * 2**20
+"""Of the masks of a batch; requests with filters are cut into batches that keep to it."""
+
+_ALL = int(np.iinfo(np.int32).max)
 
 
 class RetrieverError(ValueError):
@@ -72,13 +84,15 @@ class Retriever:
     Args:
         model: the decoder, on the device it shall run on.
         prompt_builder: as at training.
-        trie, index, table: of one `sid_index` artifact.
+        trie, index, table: of one `sid_index` artifact; the index may hold changes since.
         encoder: its query vectors become soft prompts and choose the related history; None is allowed where neither is used.
         support: over what the probabilities of a level are normalised, see `decoding.beam_search`.
         personalised: whether prompts hold the shopper, unless a call says otherwise.
+        filters: of that artifact's index; None where no request comes with one. Later items pass those of a `LiveFilterCache` alone.
 
     Raises:
-        RetrieverError: model, trie and table of different SID spaces, no encoder where prompts need one, or a guided model without its trie and support.
+        RetrieverError: model, trie and table of different SID spaces, no encoder where prompts need one, a guided model without its trie and support, or one
+            whose later items lack what guidance reads; filters of another index.
     """
 
     def __init__(
@@ -86,12 +100,13 @@ class Retriever:
         model: Decoder,
         prompt_builder: PromptBuilder,
         trie: Trie,
-        index: SidIndex,
+        index: ServedIndex,
         table: SidTable,
         encoder: TextEncoder | None,
         *,
         support: Support = "level",
         personalised: bool = True,
+        filters: FilterCache | None = None,
     ) -> None:
         sizes = tuple(table.space.alphabet_sizes)
         if tuple(model.config.alphabet_sizes) != sizes or tuple(trie.alphabet_sizes) != sizes or not len(trie) == len(index) == len(table):
@@ -106,12 +121,32 @@ class Retriever:
                 f"the generator is guided: it needs support 'trie' (got {support!r}) and a trie with its items' vectors "
                 f"({'missing: rerun jobs/build_sid_index.py' if trie.item_vectors is None else 'there'})"
             )
+        if model.guidance is not None:
+            _check_guided_index(index, trie, words=bool(model.guidance.lexical_weight))
+        if filters is not None:
+            _check_filters(filters, index)
         self.model = model.eval()
         self.prompt_builder = prompt_builder
         self.trie, self.index, self.table = trie, index, table
         self.encoder = encoder
         self.support = support
         self.personalised = personalised
+        self.filters = filters
+        self._graphs: dict[int, SearchGraphs] = {}  # by beam size, on a GPU
+
+    def with_index(self, index: ServedIndex, filters: FilterCache | None = None) -> Retriever:
+        """The same retriever over a changed index, or with other filters, as where stock changed; this one goes on with its own.
+
+        Args:
+            filters: None: as before, which holds as long as the index has the same base.
+
+        Raises:
+            RetrieverError: as for a new retriever.
+        """
+        parts = (self.model, self.prompt_builder, self.trie, index, self.table, self.encoder)
+        changed = Retriever(*parts, support=self.support, personalised=self.personalised, filters=self.filters if filters is None else filters)
+        changed._graphs = self._graphs
+        return changed
 
     def prompts(
         self,
@@ -131,7 +166,7 @@ class Retriever:
             vectors = self.encoder.encode_queries(queries)
         if not personalised:
             return builder.query_prompts(queries, vectors)
-        tokens = [self.table.tokens_of_items(self._known(history)) for history in histories]
+        tokens = [self.table.tokens[self.index.sids_of(self._known(history))] for history in histories]
         return builder.request_prompts(queries, genders, age_bands, tokens, vectors)
 
     def generate(
@@ -143,6 +178,7 @@ class Retriever:
         *,
         beam_size: int,
         personalised: bool | None = None,
+        filters: Sequence[Filter | None] | None = None,
     ) -> GeneratedSids:
         """The best SIDs of R requests.
 
@@ -152,23 +188,29 @@ class Retriever:
             histories: R arrays int32 of item rows, oldest first; rows outside the catalogue (-1) are skipped.
             beam_size: SIDs a request, at least 1.
             personalised: False leaves the shopper out of the prompt; None: as the retriever was made.
+            filters: R filters or None; a request is searched among the SIDs that hold an item which passes its own.
 
         Raises:
-            RetrieverError: `beam_size` below 1 or arguments of unequal length.
+            RetrieverError: `beam_size` below 1, arguments of unequal length, or a filter where the retriever has none.
         """
         count = len(queries)
         if beam_size < 1:
             raise RetrieverError(f"beam_size: expected at least 1, got {beam_size}")
         if {len(genders), len(age_bands), len(histories)} != {count}:
             raise RetrieverError(f"expected {count} genders, age bands and histories, got {len(genders)}, {len(age_bands)} and {len(histories)}")
+        if filters is not None and len(filters) != count:
+            raise RetrieverError(f"filters: expected one (or None) for each of {count} requests, got {len(filters)}")
+        filtered = filters is not None and any(filters)
+        at_once = min(MAX_BATCH, max(1, MAX_MASK_BYTES // sum(self._mask_widths))) if filtered else MAX_BATCH
         sid_rows = np.full((count, beam_size), -1, dtype=np.int32)
         scores = np.full((count, beam_size), -np.inf, dtype=np.float32)
         device = self.trie.device
         read: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, count, MAX_BATCH):
-            part = slice(start, min(start + MAX_BATCH, count))
+        for start in range(0, count, at_once):
+            part = slice(start, min(start + at_once, count))
             prompts = self.prompts(queries[part], genders[part], age_bands[part], histories[part], personalised=personalised)
-            found = beam_search(self.model, prompts.to(device), self.trie, beam_size=beam_size, support=self.support)
+            allowed = self._masks(filters[part]) if filters is not None else None
+            found = self._search(prompts.to(device), beam_size, allowed)
             width = found.sid_rows.shape[1]
             sid_rows[part, :width] = found.sid_rows.cpu().numpy()
             scores[part, :width] = found.scores.float().cpu().numpy()
@@ -186,36 +228,102 @@ class Retriever:
         beam_size: int,
         limit: int,
         personalised: bool | None = None,
+        filters: Sequence[Filter | None] | None = None,
     ) -> list[RecallResult]:
-        """At most `limit` items for each request, from its best `beam_size` SIDs; arguments and errors as for `generate`."""
-        generated = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised)
-        return [self.expand(*generated.of(row), limit) for row in range(len(queries))]
+        """At most `limit` items for each request, all of which pass its filter, from its best `beam_size` SIDs; arguments and errors as for `generate`."""
+        generated = self.generate(queries, genders, age_bands, histories, beam_size=beam_size, personalised=personalised, filters=filters)
+        return [self.expand(*generated.of(row), limit, None if filters is None else filters[row]) for row in range(len(queries))]
 
-    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, prompt: tuple[Tensor, Tensor] | None, limit: int) -> RecallResult:
-        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]; `prompt` as `GeneratedSids` has it."""
+    def expand(self, sid_rows: np.ndarray, scores: np.ndarray, prompt: tuple[Tensor, Tensor] | None, limit: int, only: Filter | None = None) -> RecallResult:
+        """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]; `prompt` as `GeneratedSids` has it; `only` those that pass."""
+        allowed = self._cache().get(only).items if only else None
         if self.model.guidance is None or prompt is None:
-            item_rows, rank = self.index.expand(sid_rows, limit)
-            return RecallResult(item_rows, sid_rows[rank], scores[rank])
-        item_rows, rank = self.index.expand(sid_rows, np.iinfo(np.int32).max)
-        item_scores = scores[rank] + self._log_share(sid_rows, rank, prompt)
-        best = np.argsort(-item_scores, kind="stable")[:limit]
-        return RecallResult(item_rows[best], sid_rows[rank[best]], item_scores[best].astype(np.float32))
+            places, rank = self.index.places(sid_rows, limit if allowed is None else _ALL)
+            if allowed is not None:
+                passing = np.flatnonzero(allowed.passes(places))[: max(limit, 0)]
+                places, rank = places[passing], rank[passing]
+            return RecallResult(self.index.rows_at(places), sid_rows[rank], scores[rank])
+        places, rank = self.index.places(sid_rows, _ALL)
+        item_scores = scores[rank] + self._log_share(len(sid_rows), rank, places, prompt)
+        best = np.argsort(-item_scores, kind="stable")
+        if allowed is not None:
+            best = best[allowed.passes(places[best])]
+        best = best[:limit]
+        return RecallResult(self.index.rows_at(places[best]), sid_rows[rank[best]], item_scores[best].astype(np.float32))
 
-    def _log_share(self, sid_rows: np.ndarray, rank: np.ndarray, prompt: tuple[Tensor, Tensor]) -> np.ndarray:
-        """log p(item | its SID, query) float32 [m], of all items of SIDs [n] in order; `rank` [m] is each item's SID among them."""
-        assert self.model.guidance is not None
-        first = np.searchsorted(rank, np.arange(len(sid_rows)))  # place of each SID's first item in `rank`
-        positions = self.index.offsets[np.maximum(sid_rows, 0)][rank] + (np.arange(len(rank)) - first[rank])
-        vector, token_ids = (part.to(self.trie.device) for part in prompt)
-        logits = self.model.guidance.logits_of_items(vector, token_ids, torch.from_numpy(positions).to(self.trie.device), self.trie).cpu().numpy()
-        best = np.full(len(sid_rows), -np.inf, dtype=np.float32)
+    def _log_share(self, count: int, rank: np.ndarray, places: np.ndarray, prompt: tuple[Tensor, Tensor]) -> np.ndarray:
+        """log p(item | its SID, query) float32 [m], of all items of `count` SIDs in order, by their places [m]; `rank` [m] is each item's SID among them."""
+        logits = self._item_logits(places, prompt)
+        best = np.full(count, -np.inf, dtype=np.float32)
         np.maximum.at(best, rank, logits)
-        total = np.bincount(rank, weights=np.exp(logits - best[rank]), minlength=len(sid_rows))
+        total = np.bincount(rank, weights=np.exp(logits - best[rank]), minlength=count)
         return np.asarray(logits - best[rank] - np.log(total[rank]), dtype=np.float32)
+
+    def _item_logits(self, places: np.ndarray, prompt: tuple[Tensor, Tensor]) -> np.ndarray:
+        """The guide's logits float32 [m] of items: by the trie's vectors where they are published, by their own where they came later."""
+        assert self.model.guidance is not None
+        device = self.trie.device
+        vector, token_ids = (part.to(device) for part in prompt)
+        later = places >= self.index.num_published
+        if not later.any():
+            return self.model.guidance.logits_of_items(vector, token_ids, torch.from_numpy(places).to(device), self.trie).cpu().numpy()
+        assert isinstance(self.index, SegmentedIndex)
+        vectors, words = self.index.later_on(device)
+        positions = torch.from_numpy(places[later] - self.index.num_published).to(device)
+        logits = np.empty(len(places), dtype=np.float32)
+        logits[~later] = self.model.guidance.logits_of_items(vector, token_ids, torch.from_numpy(places[~later]).to(device), self.trie).cpu().numpy()
+        logits[later] = self.model.guidance.logits_of_later_items(vector, token_ids, positions, vectors, words).cpu().numpy()
+        return logits
+
+    def _search(self, prompts: Prompts, beam_size: int, allowed: PrefixMasks | None) -> BeamResult:
+        if self.trie.device.type != "cuda":
+            return beam_search(self.model, prompts, self.trie, beam_size=beam_size, support=self.support, allowed=allowed)
+        if beam_size not in self._graphs:
+            self._graphs[beam_size] = SearchGraphs(self.model, self.trie, beam_size=beam_size, support=self.support)
+        return self._graphs[beam_size].search(prompts, allowed)
+
+    def _masks(self, filters: Sequence[Filter | None]) -> PrefixMasks | None:
+        """The masks of requests, in one row where all have the same filter; None where none has one."""
+        distinct = {one or None for one in filters}
+        masks = {one: self._cache().get(one).masks for one in distinct if one is not None}
+        if not masks:
+            return None
+        if len(distinct) == 1:
+            return next(iter(masks.values()))
+        everything = PrefixMasks(*(torch.ones(1, width, dtype=torch.bool, device=self.trie.device) for width in self._mask_widths))
+        rows = [masks[one] if one else everything for one in filters]
+        return PrefixMasks(*(torch.cat(level) for level in zip(*rows, strict=True)))
+
+    @property
+    def _mask_widths(self) -> tuple[int, int, int]:
+        return self.trie.alphabet_sizes[0], len(self.trie.tokens2), len(self.trie)
+
+    def _cache(self) -> FilterCache:
+        if self.filters is None:
+            raise RetrieverError("filters: this retriever has none; rerun jobs/build_sid_index.py, or give Retriever a FilterCache")
+        return self.filters
 
     def _known(self, history: np.ndarray) -> np.ndarray:
         rows = np.asarray(history, dtype=np.int64)
-        return rows[(rows >= 0) & (rows < len(self.table.item_sid))]
+        return rows[(rows >= 0) & (rows < self.index.num_items)]
+
+
+def _check_guided_index(index: ServedIndex, trie: Trie, *, words: bool) -> None:
+    assert trie.item_vectors is not None
+    if len(trie.item_vectors) != index.num_published:
+        raise RetrieverError(
+            f"the trie holds the vectors of {len(trie.item_vectors)} items, the index {index.num_published} postings; "
+            "after compaction a guided generator needs SegmentedIndex.compacted_trie"
+        )
+    if isinstance(index, SegmentedIndex) and len(index.later.item_sid) and (index.later.vectors is None or (words and index.later.words is None)):
+        missing = "vectors" if index.later.vectors is None else "tokens"
+        raise RetrieverError(f"the generator is guided: the {len(index.later.item_sid)} later items need their {missing}; give them to SegmentedIndex.added")
+
+
+def _check_filters(filters: FilterCache, index: ServedIndex) -> None:
+    base, other = index.base if isinstance(index, SegmentedIndex) else index, filters.postings.index
+    if other is not base and not (np.array_equal(other.offsets, base.offsets) and np.array_equal(other.item_rows, base.item_rows)):
+        raise RetrieverError("filters: they hold the places of another index; after compaction build theirs anew with FilterPostings.build")
 
 
 def load_retriever(
@@ -247,13 +355,15 @@ def load_retriever(
     place = device or str(default_device())
     model = pack(Decoder.from_pretrained(folder).to(place))
     builder = PromptBuilder.load(generator_folder)
+    trie, index = load_trie(sid_index, place), load_index(sid_index)
     return Retriever(
         model,
         builder,
-        load_trie(sid_index, place),
-        load_index(sid_index),
+        trie,
+        index,
         load_sid_table(sid_index),
         load_encoder(encoder),
         support=support,
         personalised=personalised,
+        filters=FilterCache(load_filters(sid_index, index), trie) if (sid_index / "filters").is_dir() else None,
     )

@@ -36,7 +36,7 @@ from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.calibration import choose_decoder_weight, weighted_decoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import Batches
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.guidance import LEXICON_TOKENS, Lexicon
 from genrecall.generator.model import Decoder, DecoderConfig, Prompts
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.tokenizer import QueryTokenizer
@@ -51,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 ALGORITHM_VERSION = 2
 STAGES = ("stage1", "stage2", "stage3")
-_LEXICON_TOKENS = 128
-"""Tokens of an item's text that its lexicon entry is made of, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +208,7 @@ def train_tokenizer(config: GeneratorConfig, catalog: Catalog, requests: Request
 def build_lexicon(catalog: Catalog, item_rows: np.ndarray, tokenizer: QueryTokenizer, counted: np.ndarray) -> Lexicon:
     """The lexicon of the items int [N] in the index's order; token frequencies are those of the catalogue rows marked in `counted` [N]."""
     texts = item_text(catalog)
-    ids, offsets = tokenizer.encode_batch([texts[row] for row in item_rows], _LEXICON_TOKENS)
+    ids, offsets = tokenizer.encode_batch([texts[row] for row in item_rows], LEXICON_TOKENS)
     return Lexicon.build(ids, offsets, tokenizer.vocab_size, counted[item_rows])
 
 

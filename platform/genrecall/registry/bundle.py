@@ -6,7 +6,7 @@ of any other kind is refused.
 
     bundle.json            generator stage and support, where each part came from
     generator/             tokenizer.json, prompts.json, stage/ (a Hugging Face Qwen2 folder with genrecall.json)
-    sid_index/             SID table, trie, SID -> items index
+    sid_index/             SID table, trie, SID -> items index, item ids
     encoder/, quantizer/   to embed queries and to place new items
     items.parquet          item_id, title, category_path, brand, price, sorted by item_id: position = item row
     metrics.json           the evaluation the gates judged
@@ -15,24 +15,24 @@ of any other kind is refused.
 
 from __future__ import annotations
 
-import bisect
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import SafetensorError
 
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.generator.retriever import Retriever, load_retriever
+from genrecall.sid.item_ids import ItemIds
+from genrecall.sid.labels import SidLabels
+from genrecall.sid.segments import SegmentedIndex
 from genrecall.storage import Artifact, Stage, open_artifact
 
 ALGORITHM_VERSION = 1
@@ -68,33 +68,42 @@ class Bundle:
         artifact: the folder and its manifest.
         retriever: generator, trie, index and encoder.
         items: Arrow table of N rows sorted by item_id; the position is the item row. Columns: item_id, title, category_path, brand, price.
+        item_ids: the ids of those rows, memory-mapped.
         about: `bundle.json`. metrics: `metrics.json`.
+        labels: words for its SIDs, from the published items.
     """
 
     artifact: Artifact
     retriever: Retriever
     items: pa.Table
+    item_ids: ItemIds
     about: Mapping[str, Any]
     metrics: Mapping[str, Any]
+    labels: SidLabels
 
     @property
     def hash(self) -> str:
         """sha256 (hex) of what the bundle is."""
         return self.artifact.hash
 
-    @cached_property
-    def _ids(self) -> pa.ChunkedArray:
-        return self.items.column("item_id")
+    @property
+    def catalog_seq(self) -> int:
+        """The last change of the catalogue log that its items hold; 0 where `bundle.json` names none."""
+        return int(self.about.get("catalog_seq", 0))
+
+    @property
+    def num_listed(self) -> int:
+        """Items that answers may hold."""
+        return len(self.items)
 
     def rows_of(self, item_ids: Iterable[str]) -> np.ndarray:
         """int32 item rows of ids, in their order; unknown ids are left out."""
-        # Binary search over the Arrow column: a dict of 2e7 ids would take gigabytes in every replica.
-        rows = ((one, bisect.bisect_left(self._ids, one, key=lambda found: found.as_py())) for one in item_ids)
-        return np.asarray([row for one, row in rows if row < len(self._ids) and self._ids[row].as_py() == one], dtype=np.int32)
+        rows = self.item_ids.rows_of(item_ids)
+        return rows[rows >= 0]
 
     def ids_of(self, item_rows: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of item rows."""
-        return list(self._ids.take(pa.array(item_rows, pa.int32())).to_pylist())
+        return self.item_ids.ids_of(item_rows)
 
     def shown(self, item_rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """The columns of `items` for item rows, one dict each."""
@@ -203,6 +212,7 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         about = artifact.json("bundle.json")
         retriever = _retriever(artifact.path, about)
         items = pq.read_table(artifact.file("items.parquet")).combine_chunks()
+        item_ids = ItemIds.load(artifact.path / "sid_index")
         metrics = artifact.json("metrics.json")
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"{path}: cannot be loaded: {type(error).__name__}: {error}; rebuild it with jobs/register_model.py --force") from error
@@ -210,10 +220,11 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         raise BundleError(
             f"{path}: items.parquet has {len(items)} items, the SID table {len(retriever.table.item_sid)}; rebuild it with jobs/register_model.py --force"
         )
-    ids = items.column("item_id")
-    if not pc.all(pc.less(ids[:-1], ids[1:])).as_py() and len(ids) > 1:
-        raise BundleError(f"{path}: items.parquet is not sorted by item_id; rebuild it with jobs/register_model.py --force")
-    bundle = Bundle(artifact, retriever, items, about, metrics)
+    if not item_ids.same_as(items.column("item_id")):
+        raise BundleError(f"{path}: items.parquet and sid_index/item_ids.npy name other items; rebuild it with jobs/register_model.py --force")
+    published = retriever.index.base if isinstance(retriever.index, SegmentedIndex) else retriever.index
+    labels = SidLabels(items.column("title"), items.column("category_path"), published, retriever.table)
+    bundle = Bundle(artifact, retriever, items, item_ids, about, metrics, labels)
     if verify:
         verify_warm_up(bundle)
     return bundle

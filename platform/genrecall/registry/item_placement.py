@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from genrecall.data.validation import SCHEMAS, RowRules, check_chunk, text_colum
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.quantization.residual_quantizer import load_quantizer
+from genrecall.registry.catalogue_log import CatalogueLog, ItemRecord
 from genrecall.sid.assign import load_assigner, oversize_sids
 from genrecall.sid.index import load_index, load_sid_table
+from genrecall.sid.item_ids import ItemIds
 from genrecall.storage import Artifact
 from genrecall.train_worker import ensure_ray
 
@@ -42,6 +44,7 @@ PLACED = pa.schema(
     ]
 )
 _ROWS_AT_ONCE = 4096
+_RECORDS_AT_ONCE = 1000
 _COLUMNS = ("item_id", "title", "brand", "category_path", "text")
 _ORIGIN = ("file", "row", "column", "reason", "value")
 _UNREADABLE = "unreadable_input"
@@ -80,11 +83,11 @@ class _Placer:
         self._quantizer = load_quantizer(folder / "quantizer")
         self._assigner = load_assigner(quantizer=folder / "quantizer", sid_index=folder / "sid_index")
         self._table = load_sid_table(folder / "sid_index")
-        self._row_of = {one: row for row, one in enumerate(pq.read_table(folder / "items.parquet", columns=["item_id"])["item_id"].to_pylist())}
+        self._item_ids = ItemIds.load(folder / "sid_index")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         good = pc.is_null(batch["reason"]).to_numpy(zero_copy_only=False)
-        known = np.array([self._row_of.get(one, -1) for one in batch["item_id"].to_pylist()], dtype=np.int64)
+        known = self._item_ids.rows_of(batch["item_id"])
         new = good & (known < 0)
         rows = np.where(known >= 0, self._table.item_sid[np.maximum(known, 0)], 0).astype(np.int32)
         errors = np.full(len(batch), np.nan, dtype=np.float32)
@@ -171,6 +174,44 @@ def assign_items(bundle: Artifact, items: str, output: Path, *, category_separat
         oversize_sids=len(oversize_sids(sizes, int(bundle.json("bundle.json")["max_items_per_sid"]))),
         mean_quantization_error=round(error_sum / placed_count, 4) if placed_count else None,
         seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def append_items(items: str, log: CatalogueLog, *, category_separator: str = ">") -> int:
+    """Append the sound rows of a file or folder to the catalogue log, the first of each id; returns the last change's number, 0 where there are none.
+
+    Args:
+        items, category_separator: as for `assign_items`.
+
+    Raises:
+        DataError: input that cannot be read.
+        CatalogueLogError: a row that the log cannot hold, or a log that cannot be written; what was appended before stays, and appending it again does no harm.
+    """
+    rules = RowRules(category_separator=category_separator, **_RULES_WITHOUT_EVENTS)
+    seen: set[str] = set()
+    sequence = 0
+    for portion in find_portions("items", items):
+        for chunk in read_portion(portion, SCHEMAS["items"].names, text_columns("items")):
+            records: dict[str, ItemRecord] = {}
+            for row in check_chunk(portion, chunk, rules).table.to_pylist():
+                if row["item_id"] not in seen:
+                    records.setdefault(row["item_id"], _record_of(row))
+            seen |= records.keys()
+            ordered = list(records.values())
+            for start in range(0, len(ordered), _RECORDS_AT_ONCE):
+                sequence = log.append(ordered[start : start + _RECORDS_AT_ONCE], wait_s=60)
+    return sequence
+
+
+def _record_of(row: Mapping[str, Any]) -> ItemRecord:
+    return ItemRecord(
+        item_id=row["item_id"],
+        title=row["title"],
+        category_path=tuple(row["category_path"] or ()),
+        brand=row["brand"] or "",
+        text=row["text"] or "",
+        price=row["price"],
+        prior_score=row["prior_score"],
     )
 
 

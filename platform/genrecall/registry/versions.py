@@ -31,6 +31,7 @@ LATEST_CHAMPION = "latest-champion"
 BUNDLE_FOLDER = "artifacts/bundle"
 
 _ADDRESS = re.compile(r"models:/(?P<name>[\w. -]+)(?:@(?P<alias>[\w-]+)|/(?P<number>[0-9]+))")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NOT_THERE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
 
 
@@ -101,6 +102,8 @@ def resolve(address: str, client: MlflowClient) -> Version:
     tag = found.tags.get(MANIFEST_TAG)
     if not tag:
         raise RegistryError(f"{address}: version {found.version} was not registered by genrecall (no {MANIFEST_TAG} tag); use jobs/register_model.py")
+    if not _SHA256.fullmatch(tag):  # it names a folder of the bundle cache
+        raise RegistryError(f"{address}: version {found.version}: {MANIFEST_TAG} is no sha256: {tag[:80]!r}; register it again with jobs/register_model.py")
     return Version(name=name, number=int(found.version), manifest_sha256=tag)
 
 

@@ -26,14 +26,17 @@ from genrecall.quantization.diagnostics import churn, cluster_numbers, cluster_s
 from genrecall.quantization.residual_quantizer import FrozenQuantizer, load_quantizer
 from genrecall.sid.assign import SidAssigner, oversize_sids
 from genrecall.sid.capping import split_clusters
-from genrecall.sid.index import SidIndex
+from genrecall.sid.filters import FilterPostings
+from genrecall.sid.index import load_index
+from genrecall.sid.index_builder import SidIndexBuilder
 from genrecall.sid.semantic_id import SidSpace, SidTable
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
+_ITEMS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +113,11 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, encoder: Artif
         force: build even where `uri` already holds the result.
 
     Returns:
-        An artifact of kind "sid_index": `sid_space.json`, `sid_table.parquet`, `trie/`, `index/`, `centers.npy`, `stats.json`
-        and a picture of the cluster sizes.
+        An artifact of kind "sid_index": `sid_space.json`, `sid_table.parquet`, `trie/`, `index/`, `filters/`, `item_ids.npy`, `centers.npy`,
+        `stats.json` and a picture of the cluster sizes.
 
     Raises:
-        ValueError: a quantiser or an encoder made from another catalogue.
+        ValueError: a quantiser or an encoder made from another catalogue, or an item id of more than 64 bytes.
     """
     parents = {"dataset": dataset, "encoder": encoder, "quantizer": quantizer}
     stage = Stage(kind="sid_index", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parents, seed=config.seed, job="build_sid_index")
@@ -133,15 +136,18 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, encoder: Artif
     published = publish_sids(config, load_quantizer(quantizer.path), codes, residuals, known)
     table = published.table
     prior = catalog.prior_scores if np.any(catalog.prior_scores) else popularity(requests, len(catalog))
-    index = SidIndex.build(table.item_sid, len(table), prior)
     stats = index_stats(config, published, codes, known)
     if stats["oversize_sids"]:
         logger.warning("sid index: %d SIDs hold more than twice max_items_per_sid=%d; raise level_sizes", stats["oversize_sids"], config.max_items_per_sid)
     with stage.write() as draft:
         (draft.path / "sid_space.json").write_text(table.space.to_json())
         pq.write_table(table_of_sids(table, catalog.item_ids), draft.path / "sid_table.parquet")
-        published.trie.with_items(vectors[index.item_rows], index.offsets).save(draft.path / "trie")
-        index.save(draft.path / "index")
+        builder = SidIndexBuilder(table.space.alphabet_sizes, work_folder=draft.path)
+        for start in range(0, len(catalog), _ITEMS_AT_ONCE):
+            part = slice(start, start + _ITEMS_AT_ONCE)
+            builder.add(catalog.item_ids[part], table.tokens[table.item_sid[part]], prior[part])
+        builder.finish(draft.path, item_vectors=vectors)
+        FilterPostings.build(catalog.category_paths, catalog.brands, load_index(draft.path)).save(draft.path / "filters")
         np.save(draft.path / "centers.npy", published.centers, allow_pickle=False)
         (draft.path / "stats.json").write_text(json.dumps(stats, indent=1))
         draw_cluster_sizes(draft.path / "cluster_sizes.png", table.item_sid, max_items=config.max_items_per_sid)

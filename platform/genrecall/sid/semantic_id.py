@@ -82,7 +82,7 @@ class SidSpace:
         """
         codes = np.asarray(codes)
         group = np.asarray(group)
-        self._check_range(codes, self.level_sizes, "codes")
+        _check_range(codes, self.level_sizes, "codes")
         tokens = codes.astype(np.int32)
         split = np.flatnonzero(group)
         if len(split):
@@ -103,7 +103,7 @@ class SidSpace:
             SidError: a token out of its level's alphabet.
         """
         tokens = np.asarray(tokens)
-        self._check_range(tokens, self.alphabet_sizes, "tokens")
+        _check_range(tokens, self.alphabet_sizes, "tokens")
         codes = tokens.astype(np.int32)
         group = np.zeros(len(tokens), dtype=np.int32)
         split = np.flatnonzero(tokens[:, 2] >= self.level_sizes[2])
@@ -148,15 +148,6 @@ class SidSpace:
         first, second, third = values["level_sizes"]
         return cls((int(first), int(second), int(third)), tuple((int(code), int(group)) for code, group in values["groups"]))
 
-    @staticmethod
-    def _check_range(rows: NDArray[np.integer], sizes: tuple[int, int, int], what: str) -> None:
-        if rows.ndim != 2 or rows.shape[1] != 3:
-            raise SidError(f"{what}: expected shape [n, 3], got {list(rows.shape)}")
-        bad = (rows < 0) | (rows >= np.asarray(sizes))
-        if bad.any():
-            row, level = (int(i) for i in np.argwhere(bad)[0])
-            raise SidError(f"{what}: row {row}, level {level + 1}: expected 0 to {sizes[level] - 1}, got {rows[row, level]}")
-
 
 @dataclass(frozen=True)
 class SidTable:
@@ -179,13 +170,8 @@ class SidTable:
     @classmethod
     def from_item_tokens(cls, space: SidSpace, item_tokens: Int32Array) -> SidTable:
         """The table of items with the given tokens int32 [N, 3]."""
-        _, second, third = space.alphabet_sizes
-        item_tokens = np.asarray(item_tokens)
-        space._check_range(item_tokens, space.alphabet_sizes, "item_tokens")
-        keys = (item_tokens[:, 0].astype(np.int64) * second + item_tokens[:, 1]) * third + item_tokens[:, 2]
-        unique, item_sid = np.unique(keys, return_inverse=True)
-        tokens = np.stack([unique // (second * third), unique // third % second, unique % third], axis=1).astype(np.int32)
-        return cls(space, tokens, item_sid.astype(np.int32))
+        tokens, item_sid = numbered_sids(packed(np.asarray(item_tokens), space.alphabet_sizes), space.alphabet_sizes)
+        return cls(space, tokens, item_sid)
 
     def text(self, sid_row: int) -> str:
         """The text of one SID row."""
@@ -194,3 +180,31 @@ class SidTable:
     def tokens_of_items(self, item_rows: Int32Array) -> Int32Array:
         """Tokens int32 [..., 3] of item rows [...]."""
         return np.asarray(self.tokens[self.item_sid[item_rows]], dtype=np.int32)
+
+
+def packed(tokens: NDArray[np.integer], alphabet_sizes: tuple[int, int, int]) -> NDArray[np.int64]:
+    """One number int64 [n] for each token triple [n, 3], in lexicographic order.
+
+    Raises:
+        SidError: a token out of its level's alphabet.
+    """
+    _check_range(tokens, alphabet_sizes, "item_tokens")
+    keys: NDArray[np.int64] = (tokens[:, 0].astype(np.int64) * alphabet_sizes[1] + tokens[:, 1]) * alphabet_sizes[2] + tokens[:, 2]
+    return keys
+
+
+def numbered_sids(keys: NDArray[np.int64], alphabet_sizes: tuple[int, int, int]) -> tuple[Int32Array, Int32Array]:
+    """The SIDs among items, given the items' `packed` tokens [N]: tokens int32 [S, 3], sorted and unique, and the SID row of each item int32 [N]."""
+    _, second, third = alphabet_sizes
+    unique, item_sid = np.unique(keys, return_inverse=True)
+    tokens = np.stack([unique // (second * third), unique // third % second, unique % third], axis=1).astype(np.int32)
+    return tokens, item_sid.astype(np.int32)
+
+
+def _check_range(rows: NDArray[np.integer], sizes: tuple[int, int, int], what: str) -> None:
+    if rows.ndim != 2 or rows.shape[1] != 3:
+        raise SidError(f"{what}: expected shape [n, 3], got {list(rows.shape)}")
+    bad = (rows < 0) | (rows >= np.asarray(sizes))
+    if bad.any():
+        row, level = (int(i) for i in np.argwhere(bad)[0])
+        raise SidError(f"{what}: row {row}, level {level + 1}: expected 0 to {sizes[level] - 1}, got {rows[row, level]}")

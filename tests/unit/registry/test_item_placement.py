@@ -11,7 +11,8 @@ import pytest
 from genrecall.data.schema import DataError
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
-from genrecall.registry.item_placement import assign_items
+from genrecall.registry.catalogue_log import CatalogueLog, ItemRecord
+from genrecall.registry.item_placement import append_items, assign_items
 from genrecall.sid.assign import load_assigner
 from genrecall.sid.index import load_sid_table
 
@@ -59,3 +60,18 @@ def test_unreadable_input_leaves_nothing_behind(untrained_line, tmp_path, ray_cl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["items.csv"]
     with pytest.raises(DataError, match="no files at"):
         assign_items(untrained_line(), str(tmp_path / "absent"), tmp_path / "out")
+
+
+def test_sound_rows_go_into_the_catalogue_log_the_first_of_each_id(tmp_path, monkeypatch):
+    monkeypatch.setattr("genrecall.registry.item_placement._RECORDS_AT_ONCE", 2)
+    rows = [{**NEW[0], "brand": "Acme", "price": 2.5, "text": "sturdy"}, *NEW[1:], {"item_id": "n0", "title": "again"}, {"item_id": None, "title": "nameless"}]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n")
+    log = CatalogueLog(tmp_path / "log")
+    assert append_items(str(tmp_path / "items.jsonl"), log) == 3
+    assert [change.record for change in log.read(0).changes] == [
+        ItemRecord(item_id="n0", title="chrome angle bracket", category_path=("Home",), brand="Acme", text="sturdy", price=2.5),
+        ItemRecord(item_id="n1", title="soaker hose", category_path=("Home",)),
+        ItemRecord(item_id="n2", title="brass faucet", category_path=("Home",)),
+    ]
+    with pytest.raises(DataError, match="no files at"):
+        append_items(str(tmp_path / "absent"), log)

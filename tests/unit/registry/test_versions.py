@@ -96,3 +96,10 @@ def test_a_manifest_other_than_the_registered_one_is_refused(registry, registere
     with pytest.raises(BundleError, match=r"registered was 111111111111"):
         fetch_bundle(resolve("models:/shop/1", registry), registry, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("tag", ["../../elsewhere", "0" * 63, "0" * 64 + "/..", "A" * 64, "0" * 64 + "\n"])
+def test_a_tag_that_could_leave_the_bundle_cache_is_refused(registry, registered, tag):
+    registry.set_model_version_tag("shop", "1", MANIFEST_TAG, tag)
+    with pytest.raises(RegistryError, match=r"genrecall\.manifest_sha256 is no sha256"):
+        resolve("models:/shop/1", registry)

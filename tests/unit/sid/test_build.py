@@ -13,6 +13,7 @@ from genrecall.data.schema import ITEMS, REQUESTS
 from genrecall.quantization.residual_quantizer import FrozenQuantizer
 from genrecall.sid.assign import load_assigner
 from genrecall.sid.build import SidIndexConfig, build_sid_index, churn_between, publish_sids
+from genrecall.sid.filters import Filter, load_filters
 from genrecall.sid.index import load_index, load_sid_table, load_trie
 from genrecall.storage import Stage
 
@@ -26,8 +27,8 @@ def make_dataset(uri, *, with_prior=True, dated=True):
         {
             "item_id": f"i{row:03d}",
             "title": "t",
-            "category_path": [],
-            "brand": None,
+            "category_path": ["Home", "Lamps"][: row % 3],
+            "brand": "Acme" if row % 4 == 0 else None,
             "text": None,
             "price": None,
             "prior_score": float(row % 7) if with_prior else None,
@@ -120,6 +121,21 @@ def test_the_trie_holds_the_encoders_vectors_in_the_order_of_the_index(tmp_path)
     np.testing.assert_array_equal(trie.item_offsets.numpy(), index.offsets)
     assert trie.sid_of_item.tolist() == index.item_sid[index.item_rows].tolist()
     assert artifact.manifest["parents"]["encoder"]["hash"] == encoder.hash
+
+
+def test_the_filters_know_the_catalogues_categories_and_brands(tmp_path):
+    dataset, encoder = make_inputs(tmp_path)
+    quantizer, _, _ = make_quantizer(tmp_path / "quantizer", dataset)
+    artifact = build_sid_index(CONFIG, dataset=dataset, encoder=encoder, quantizer=quantizer, uri=str(tmp_path / "sid_index"))
+    postings, index = load_filters(artifact.path), load_index(artifact.path)
+    for wanted, expected in (
+        (Filter(categories=(("Home",),)), [row for row in range(NUM_ITEMS) if row % 3]),
+        (Filter(categories=(("Home", "Lamps"),), brands=("Acme",)), [row for row in range(NUM_ITEMS) if row % 3 == 2 and row % 4 == 0]),
+    ):
+        allowed = postings.resolve(wanted)
+        places = np.arange(NUM_ITEMS)
+        assert sorted(index.item_rows[places[allowed.passes(places)]].tolist()) == expected
+        assert np.flatnonzero(allowed.leaves).tolist() == sorted(set(index.item_sid[expected].tolist()))
 
 
 def test_the_table_for_people_names_every_item(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecall.sid.index import SidIndex, SidIndexError, load_index, load_sid_table, load_trie
+from genrecall.sid.index import SidIndex, SidIndexError, load_index, load_sid_table, load_trie, served_order
 from genrecall.sid.semantic_id import SidSpace, SidTable
 from genrecall.sid.trie import Trie
 
@@ -45,6 +45,31 @@ def test_every_item_is_in_exactly_one_cluster(item_sid):
     index = SidIndex.build(np.array(item_sid, dtype=np.int32), 10, np.zeros(len(item_sid)))
     assert sorted(index.item_rows.tolist()) == list(range(len(item_sid)))
     assert all(item_sid[row] == sid for sid in range(10) for row in index.items(sid))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.floats(width=32, allow_nan=False)), max_size=30))
+def test_served_order_is_that_of_a_sort_by_two_columns(pairs):
+    clusters, scores = np.array([one for one, _ in pairs], dtype=np.int32), np.array([one for _, one in pairs], dtype=np.float32)
+    for few in (clusters, clusters % 3):
+        assert served_order(few, scores).tolist() == np.lexsort((-scores, few)).tolist()
+
+
+def test_items_that_are_not_listed_keep_their_sid_and_lose_their_place(tmp_path):
+    index = SidIndex.build(np.array([1, 0, 1, 1]), 3, np.array([0.5, 1.0, 2.0, 0.5]), np.array([True, False, True, True]))
+    assert (index.num_items, index.num_published) == (4, 3)
+    assert index.sizes().tolist() == [0, 3, 0]
+    assert index.expand(np.array([0, 1], np.int32), 9)[0].tolist() == [2, 0, 3]
+    assert index.sids_of(np.array([1, 2])).tolist() == [0, 1]
+    index.save(tmp_path)
+    assert SidIndex.load(tmp_path).items(1).tolist() == [2, 0, 3]
+
+
+def test_places_lead_to_the_items_of_an_expansion():
+    index = SidIndex.build(np.array([1, 0, 1, 2]), 3, np.array([1.0, 0.0, 2.0, 0.0]))
+    places, rank = index.places(np.array([2, -1, 1], np.int32), 2)
+    assert (places.tolist(), rank.tolist()) == ([3, 1], [0, 2])
+    assert index.rows_at(places).tolist() == [3, 2]
 
 
 def test_a_saved_index_reads_back_by_memory_map(tmp_path):

@@ -1,0 +1,504 @@
+"""The durable log of what happened to the catalogue since the bundles were built: item records and tombstones, numbered, never SIDs.
+
+Every bundle replays the log through its own encoder, so that no version loses an item or resurrects one, whatever SIDs it would give. Records are
+the site's own words and outlive all bundles.
+
+    changes-SEQUENCE.jsonl     appended to; SEQUENCE is that of its first change
+    compacted-SEQUENCE.jsonl   stands for all changes up to SEQUENCE: the newest of each item, after a head line
+    writer.lock                held (flock) by whoever appends or compacts, with its process id
+
+A line is one request, written with one call and fsynced before `append` returns: it counts whole, or, torn by a crash, not at all. Each ends with
+the CRC-32 of what stands before it. Readers need no lock: they take whole lines, and where a compaction moves files under them they look again.
+The folder lies on a file system with flock, fsync and atomic rename: a local one, or one shared by all nodes that serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from genrecall.sid.item_ids import MAX_ID_BYTES
+
+logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
+
+LOCK_FILE = "writer.lock"
+SEGMENT_BYTES = 64 * 2**20
+"""A segment that has grown to this size is followed by another."""
+
+_NAME = re.compile(r"(changes|compacted)-(\d{20})\.jsonl")
+_SEAL = b',"crc32":"'  # nowhere else in a line: quotes inside a text are escaped
+_SEAL_BYTES = len(_SEAL) + len('01234567"}\n')
+_CHANGES_A_LINE = 1000
+_LOOKS = 20
+_BETWEEN_LOOKS_S = 0.02
+
+
+class CatalogueLogError(ValueError):
+    """A log that cannot be read or written; the message names the file and what to do."""
+
+
+class CatalogueBusyError(CatalogueLogError):
+    """Another process holds the writer's lock."""
+
+
+class _Unsettled(Exception):
+    """The files do not fit together as listed: a compaction is under way, or one is lost."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemRecord:
+    """One item as the site describes it; the fields are those of the canonical `items` table.
+
+    Attributes:
+        category_path: root first; empty when unknown.
+        prior_score: what the site orders by when it must cut; None counts as 0.
+    """
+
+    item_id: str
+    title: str
+    category_path: tuple[str, ...] = ()
+    brand: str = ""
+    text: str = ""
+    price: float | None = None
+    prior_score: float | None = None
+
+    def problems(self) -> list[str]:
+        """What is wrong, `field: what was expected` each."""
+        found = [f"item_id: {problem}"] if (problem := id_problem(self.item_id)) else []
+        for name in ("title", "brand", "text"):
+            if not _is_text(getattr(self, name)):
+                found.append(f"{name}: expected text, got {type(getattr(self, name)).__name__} or half a surrogate pair")
+        if isinstance(self.category_path, str) or not all(_is_text(name) and name for name in self.category_path):
+            found.append(f"category_path: expected names, root first, got {self.category_path!r}")
+        for name in ("price", "prior_score"):
+            number = getattr(self, name)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number)):
+                found.append(f"{name}: expected a finite number or None, got {number!r}")
+        return found
+
+
+def log_folder(catalogues: Path | str, model: str) -> Path:
+    """Where the log of a model lies in a folder of logs.
+
+    Raises:
+        CatalogueLogError: a name that leaves the folder.
+    """
+    if model in ("", ".", "..") or "/" in model:
+        raise CatalogueLogError(f"{catalogues}: a model named {model!r} cannot have a catalogue log; give it another name")
+    return Path(catalogues) / model
+
+
+def id_problem(item_id: Any) -> str | None:
+    """Why a bundle could never hold this id, or None."""
+    if not _is_text(item_id) or not item_id:
+        return "expected text of at least one character"
+    if len(item_id.encode()) > MAX_ID_BYTES:
+        return f"expected at most {MAX_ID_BYTES} bytes in UTF-8, got {len(item_id.encode())}"
+    return "expected an id that does not end in a zero byte" if item_id.endswith("\0") else None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+class Change(NamedTuple):
+    """One numbered change: the record that an item has from then on, or None where it is delisted."""
+
+    sequence: int
+    item_id: str
+    record: ItemRecord | None
+
+
+@dataclass(frozen=True)
+class LogTail:
+    """What came after a sequence number.
+
+    Attributes:
+        changes: ascending; of an item changed more than once perhaps only the newest.
+        sequence: the last number read; `read` goes on from here.
+        torn_bytes: of a last line that is not whole: being written now, or left by a crash. The next `append` removes the latter.
+    """
+
+    changes: list[Change]
+    sequence: int
+    torn_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What `compact` did: changes kept of those that the log held, and its size in bytes before and after."""
+
+    kept: int
+    dropped: int
+    bytes_before: int
+    bytes_after: int
+
+
+class _Position(NamedTuple):
+    """The end of a whole line: file, byte offset, and the number of the last change up to it."""
+
+    name: str
+    offset: int
+    sequence: int
+
+
+class _Line(NamedTuple):
+    changes: list[Change]
+    end: _Position
+
+
+class CatalogueLog:
+    """One log. Any number of processes may read it; any may append, one at a time. One thread may read while another appends.
+
+    Args:
+        folder: made by the first `append`; an absent one is an empty log.
+        segment_bytes: see `SEGMENT_BYTES`.
+
+    Raises:
+        CatalogueLogError: the folder is an object store's, which can neither append nor lock.
+    """
+
+    def __init__(self, folder: Path | str, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        if ":/" in str(folder):  # a Path makes one slash of two
+            raise CatalogueLogError(f"{folder}: the catalogue log needs a file system that all nodes share, not an object store; set catalogue_folder")
+        self.folder = Path(folder)
+        self._segment_bytes = segment_bytes
+        self._read_to: _Position | None = None
+        self._written_to: _Position | None = None
+
+    def read(self, after: int, at_most: int | None = None) -> LogTail:
+        """The changes with numbers above `after`; whole requests, at least one where there is any, and no further one once there are `at_most` changes.
+
+        Raises:
+            CatalogueLogError: a damaged or missing file, or changes after `after` that compaction dropped.
+        """
+        for look in range(_LOOKS):
+            try:
+                return self._read(after, at_most)
+            except (FileNotFoundError, _Unsettled) as error:  # a compaction moved the files
+                if look == _LOOKS - 1:
+                    raise CatalogueLogError(f"{self.folder}: {error}; bring what is missing back from a backup") from error
+                time.sleep(_BETWEEN_LOOKS_S)
+        raise AssertionError("the last look returns or raises")
+
+    def _read(self, after: int, at_most: int | None) -> LogTail:
+        scan = _Scan(self.folder, after, self._read_to)
+        changes: list[Change] = []
+        for line in scan:
+            changes += (change for change in line.changes if change.sequence > after)
+            self._read_to = line.end
+            if at_most is not None and len(changes) >= at_most:
+                return LogTail(changes, line.end.sequence)
+        if scan.sequence < after:
+            raise _Unsettled(f"the log ends at change {scan.sequence}, before {after}, which is served already: it is another log, or has lost its end")
+        return LogTail(changes, scan.sequence, scan.torn_bytes)
+
+    def append(self, upsert: Sequence[ItemRecord], delist: Sequence[str] = (), *, wait_s: float = 2.0) -> int:
+        """Write the records, then the tombstones, as one line; returns their last number once they are on disk.
+
+        Args:
+            upsert: items that are new, changed, or listed again. delist: ids of items that no answer shall hold; unknown ones do no harm.
+            wait_s: for another process that writes.
+
+        Raises:
+            CatalogueLogError: a record or an id that cannot be, all of them named, or none at all; nothing is written then. Or a disk that fails:
+                append the same again, which does no harm where the first did arrive.
+            CatalogueBusyError: another process holds the lock for longer than `wait_s`.
+        """
+        problems = [f"upsert.{place}.{problem}" for place, record in enumerate(upsert) for problem in record.problems()]
+        problems += [f"delist.{place}: {problem}" for place, item_id in enumerate(delist) if (problem := id_problem(item_id))]
+        if problems:
+            raise CatalogueLogError("; ".join(problems))
+        if not upsert and not delist:
+            raise CatalogueLogError("expected at least one record or id")
+        with self._writing(wait_s):
+            end = self._end()
+            records = [*((record.item_id, record) for record in upsert), *((item_id, None) for item_id in delist)]
+            line = _line_of([Change(end.sequence + 1 + place, item_id, record) for place, (item_id, record) in enumerate(records)])
+            name = end.name if end.name.startswith("changes") and end.offset < self._segment_bytes else _name("changes", end.sequence + 1)
+            self._written_to = self._write(name, end.offset if name == end.name else 0, line, end.sequence + len(records))
+            return self._written_to.sequence
+
+    def compact(self, covered: int = 0, *, wait_s: float = 2.0) -> Compaction:
+        """Keep of each item the newest change alone, and nothing up to `covered`.
+
+        Args:
+            covered: what every bundle that may ever be served again holds itself (its `catalog_seq`): one that covers less is refused from then on,
+                because a dropped tombstone would let it bring an item back. 0 keeps all tombstones.
+
+        Raises:
+            CatalogueLogError: a damaged log, or `covered` beyond its end.
+            CatalogueBusyError: as for `append`.
+        """
+        with self._writing(wait_s):
+            end = self._end()
+            if covered > end.sequence:
+                raise CatalogueLogError(f"covered: expected at most {end.sequence}, the log's last change, got {covered}")
+            files = _files(self.folder)
+            before = sum(file.stat().st_size for file in files)
+            scan = _Scan(self.folder, None, None)
+            found = [change for line in scan for change in line.changes]
+            covered = max(covered, scan.covered)
+            newest = {change.item_id: change for change in found if change.sequence > covered}
+            kept = sorted(newest.values())
+            name = _name("compacted", end.sequence)
+            if end.sequence:
+                partial = self.folder / f".{uuid.uuid4().hex}.tmp"
+                try:
+                    with partial.open("wb") as file:
+                        file.write(_sealed({"through": end.sequence, "covered": covered}))
+                        for start in range(0, len(kept), _CHANGES_A_LINE):
+                            file.write(_line_of(kept[start : start + _CHANGES_A_LINE]))
+                        file.flush()
+                        os.fsync(file.fileno())
+                    partial.rename(self.folder / name)
+                    _sync_folder(self.folder)
+                finally:
+                    partial.unlink(missing_ok=True)
+                for old in files:
+                    if old.name != name:
+                        old.unlink()
+                _sync_folder(self.folder)
+            self._written_to = None
+            return Compaction(len(kept), len(found) - len(kept), before, sum(file.stat().st_size for file in _files(self.folder)))
+
+    @contextlib.contextmanager
+    def _writing(self, wait_s: float) -> Iterator[None]:
+        """Hold the writer's lock, which ends with the process that holds it."""
+        deadline = time.monotonic() + wait_s
+        with self._lock_file() as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        lock.seek(0)
+                        holder = lock.read().strip() or "unknown"
+                        raise CatalogueBusyError(f"{self.folder}: process {holder} writes to it, for more than {wait_s:g} s; try again") from error
+                    time.sleep(0.01)
+            lock.seek(0)
+            lock.truncate()
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def _lock_file(self) -> IO[str]:
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _sync_folder(self.folder.parent)
+            return (self.folder / LOCK_FILE).open("a+")
+        except OSError as error:
+            raise CatalogueLogError(f"{self.folder}: cannot be written ({error}); let this process write there, or set another catalogue_folder") from error
+
+    def _end(self) -> _Position:
+        """The end of the log, with the lock held; what a crash left after it is removed."""
+        written = self._written_to
+        if written is not None and not (self.folder / written.name).exists():  # another process compacted
+            written = None
+        scan = _Scan(self.folder, written.sequence if written else None, written)
+        try:
+            for _ in scan:
+                pass
+        except (FileNotFoundError, _Unsettled) as error:
+            raise CatalogueLogError(f"{self.folder}: {error}; bring what is missing back from a backup") from error
+        if scan.torn_bytes:
+            logger.warning("%s: dropping %d bytes of a change that was never acknowledged", self.folder / scan.position.name, scan.torn_bytes)
+            with (self.folder / scan.position.name).open("rb+") as file:
+                file.truncate(scan.position.offset)
+                os.fsync(file.fileno())
+        return scan.position
+
+    def _write(self, name: str, offset: int, line: bytes, sequence: int) -> _Position:
+        path = self.folder / name
+        try:
+            new = not path.exists()
+            with path.open("ab", buffering=0) as file:
+                try:
+                    written = file.write(line)
+                    if written != len(line):
+                        raise OSError(f"{written} of {len(line)} bytes were written")
+                except OSError:
+                    file.truncate(offset)  # no reader took half a line; a whole one stays, its number is used
+                    raise
+                os.fsync(file.fileno())
+            if new:
+                _sync_folder(self.folder)
+        except OSError as error:
+            self._written_to = None
+            raise CatalogueLogError(f"{path}: cannot be written ({error}); free the disk or repair it, then send the same changes again") from error
+        return _Position(name, offset + len(line), sequence)
+
+
+class _Scan:
+    """Reads the whole lines that hold changes after `after`, from `start` where that is their place still.
+
+    Attributes:
+        position: the end of what was read. sequence: its number. covered: that of the compacted file. torn_bytes: after `position`.
+
+    Raises (while iterating):
+        CatalogueLogError: damage. FileNotFoundError, _Unsettled: the files moved, or one is missing.
+    """
+
+    def __init__(self, folder: Path, after: int | None, start: _Position | None) -> None:
+        self._folder, self._after, self._start = folder, after, start
+        self.position = _Position("", 0, 0)
+        self.covered = self.torn_bytes = 0
+
+    @property
+    def sequence(self) -> int:
+        return self.position.sequence
+
+    def __iter__(self) -> Iterator[_Line]:
+        files = _files(self._folder)
+        compacted = max((file for file in files if _kind(file) == "compacted"), key=_number, default=None)
+        through = 0 if compacted is None else _number(compacted)
+        segments = sorted((file for file in files if _kind(file) == "changes"), key=_number)
+        segments = [file for place, file in enumerate(segments) if place == len(segments) - 1 or _number(segments[place + 1]) > through + 1]
+        start = self._start
+        if start is not None and start.sequence == self._after and any(file.name == start.name for file in segments) and start.sequence >= through:
+            self.position = start
+            segments = [file for file in segments if _number(file) >= _number(Path(start.name))]
+        else:
+            if compacted is not None:
+                yield from self._compacted(compacted)
+            skipped = [place for place, file in enumerate(segments) if self._after is not None and through < _number(file) <= self._after + 1]
+            if skipped:  # what lies before the segment that holds the first wanted change
+                segments = segments[skipped[-1] :]
+                self.position = self.position._replace(sequence=_number(segments[0]) - 1)
+        for file in segments:
+            yield from self._segment(file, through, is_last=file is segments[-1])
+
+    def _compacted(self, file: Path) -> Iterator[_Line]:
+        with file.open("rb") as opened:
+            first = opened.readline()
+            head = _opened(first[:-1])
+            if head is None or "covered" not in head:
+                raise _damaged(file, 0)
+            data = opened.read() if self._after is None or self._after < _number(file) else b""
+        self.covered = int(head["covered"])
+        if self._after is not None and self._after < self.covered:
+            raise CatalogueLogError(
+                f"{file}: holds nothing up to change {self.covered}, wanted were those after {self._after}; serve a bundle that covers {self.covered} or more"
+            )
+        for changes, end in _lines(file, data, len(first), torn_allowed=False):
+            self.position = _Position(file.name, end, changes[-1].sequence)
+            yield _Line(changes, self.position)
+        self.position = _Position(file.name, len(first) + len(data), _number(file))
+
+    def _segment(self, file: Path, through: int, *, is_last: bool) -> Iterator[_Line]:
+        offset = self.position.offset if self.position.name == file.name else 0
+        if offset == 0 and _number(file) > self.position.sequence + 1:
+            raise _Unsettled(f"changes {self.position.sequence + 1} to {_number(file) - 1} are missing before {file.name}")
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            data = opened.read()
+        read = offset
+        self.position = _Position(file.name, offset, self.position.sequence)
+        for changes, end in _lines(file, data, offset, torn_allowed=is_last):
+            read = end
+            if changes[-1].sequence > through:
+                if changes[0].sequence != max(self.position.sequence, through) + 1:
+                    raise _Unsettled(f"{file.name}: change {changes[0].sequence} follows {self.position.sequence}")
+                self.position = _Position(file.name, end, changes[-1].sequence)
+                yield _Line(changes, self.position)
+            else:  # a compaction that could not delete this file
+                self.position = self.position._replace(offset=end)
+        self.torn_bytes = offset + len(data) - read
+
+
+def _lines(file: Path, data: bytes, offset: int, *, torn_allowed: bool) -> Iterator[tuple[list[Change], int]]:
+    """The changes of each line of `data`, which stands at `offset` in the file, and where it ends there; stops at a torn last line where that may be."""
+    start = 0
+    while start < len(data):
+        end = data.find(b"\n", start)
+        values = _opened(data[start:end]) if end >= 0 else None
+        if values is None:
+            seal = data.find(_SEAL, start)
+            if torn_allowed and end in (-1, len(data) - 1) and (seal < 0 or seal + _SEAL_BYTES >= len(data)):  # else a whole line, or more, is in it
+                return
+            raise _damaged(file, offset + start)
+        try:
+            changes = [_change_of(one) for one in values["changes"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(file, offset + start) from error
+        start = end + 1
+        yield changes, offset + start
+
+
+def _damaged(file: Path, offset: int) -> CatalogueLogError:
+    return CatalogueLogError(f"{file}: the line at byte {offset} is damaged; bring the file back from a backup")
+
+
+def _sealed(values: Mapping[str, Any]) -> bytes:
+    """A line of JSON that ends with the CRC-32 of what stands before it."""
+    body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()[:-1]
+    return body + _SEAL + b'%08x"}\n' % zlib.crc32(body)
+
+
+def _opened(line: bytes) -> dict[str, Any] | None:
+    """The values of a line without its newline; None where it is not whole."""
+    body, _, seal = line.rpartition(_SEAL)
+    if seal != b'%08x"}' % zlib.crc32(body):
+        return None
+    values = json.loads(body + b"}")
+    return values if isinstance(values, dict) else None
+
+
+def _line_of(changes: Sequence[Change]) -> bytes:
+    return _sealed(
+        {
+            "changes": [
+                {"sequence": one.sequence, "delisted": one.item_id}
+                if one.record is None
+                else {"sequence": one.sequence, "item": dataclasses.asdict(one.record)}
+                for one in changes
+            ]
+        }
+    )
+
+
+def _change_of(values: Mapping[str, Any]) -> Change:
+    if "delisted" in values:
+        return Change(int(values["sequence"]), str(values["delisted"]), None)
+    item = values["item"]
+    record = ItemRecord(**{**item, "category_path": tuple(item["category_path"])})
+    return Change(int(values["sequence"]), record.item_id, record)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if _NAME.fullmatch(file.name)] if folder.is_dir() else []
+
+
+def _name(kind: str, sequence: int) -> str:
+    return f"{kind}-{sequence:020d}.jsonl"
+
+
+def _kind(file: Path) -> str:
+    return file.name.partition("-")[0]
+
+
+def _number(file: Path) -> int:
+    return int(file.stem.partition("-")[2])
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
