@@ -22,23 +22,19 @@ import argparse
 import functools
 import json
 import logging
-import os
-import shutil
 import signal
-import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import quality_tables
+from grid import ROOT, commit, run_grid, run_stages, take_over
+from paired_records import CollectionError, Record, to_json
 
 from genrecall.config import ConfigError, Places, apply_overrides, places
 from genrecall.pipeline import Pipeline, quiet_libraries
 from genrecall.recipes import RECIPES, RESIZED
-from genrecall.storage import read_manifest
 from genrecall.tracking import use_tracking
 
 DATASETS = ("marketplace", "amazon_scientific", "home_depot")
@@ -63,8 +59,6 @@ SIDS_TASKS: Mapping[str, tuple[str, ...]] = {
 these generators are only compared with each other."""
 SIZE_TOLERANCE = 0.05
 RESIZE_TRIES = 6
-GRACE_S = 60.0
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -114,18 +108,6 @@ def grid(datasets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     return [cell for cell in cells if cell.experiment == "channels" or cell.dataset not in WITHOUT_CATEGORIES]
 
 
-def take_over(cell: Cell, root: Path) -> None:
-    """Copy what earlier cells have made and this one has not; an artifact does not know its place, and one that does not match is made anew."""
-    for source, name in cell.reuses():
-        origin, target = source.artifact(root, name), cell.artifact(root, name)
-        if target.exists() or not (origin / "manifest.json").exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-        shutil.copytree(origin, partial)
-        partial.rename(target)
-
-
 def run_cell(cell: Cell, where: Places) -> None:
     """Run a cell's stages one after the other and write the seconds of those that were made into `seconds.json`."""
     root = Path(where.home)
@@ -147,15 +129,7 @@ def run_cell(cell: Cell, where: Places) -> None:
         for name in ("quantizer", "sid_index", "generator"):
             stages.append((f"{variant}/{name}", functools.partial(getattr(pipeline, name), variant)))
     stages += [("ranker", pipeline.ranker), ("evaluation", pipeline.evaluation)]
-    file = home / "seconds.json"
-    seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    for name, stage in stages:
-        before, started = read_manifest(pipeline.uri(name)), time.monotonic()
-        stage()
-        if read_manifest(pipeline.uri(name)) != before:
-            seconds[name] = round(time.monotonic() - started, 1)
-            file.write_text(json.dumps(seconds, indent=1) + "\n")
-    for name, one in seconds.items():
+    for name, one in run_stages(stages, pipeline.uri, home / "seconds.json").items():
         print(f"{one:9.1f} s  {name}")
 
 
@@ -208,65 +182,6 @@ def cell_command(cell: Cell) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), "--cell", cell.dataset, str(cell.seed), cell.experiment]
 
 
-def run_grid(
-    cells: Sequence[Cell], root: Path, *, jobs: int, command: Callable[[Cell], Sequence[str]] = cell_command, poll_s: float = 1.0, grace_s: float = GRACE_S
-) -> None:
-    """Run the cells, `jobs` at a time, each after the cells whose artifacts it takes over.
-
-    After a failure no cell is started any more; those that run go on to their end. An interrupt ends them.
-
-    Args:
-        command: the cell's command line.
-        grace_s: how long an interrupted cell may take to end by itself.
-
-    Raises:
-        SystemExit: a cell failed; says which log to read.
-    """
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # side by side more threads than cores cost several times the work
-    waiting, failed = list(cells), list[Cell]()
-    running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = {}
-
-    def is_ready(cell: Cell) -> bool:
-        return all(source not in running and source not in waiting for source, _ in cell.reuses())
-
-    try:
-        while running or (waiting and not failed):
-            while not failed and len(running) < jobs and (cell := next(filter(is_ready, waiting), None)) is not None:
-                waiting.remove(cell)
-                cell.log(root).parent.mkdir(parents=True, exist_ok=True)
-                with cell.log(root).open("ab") as log:
-                    process = subprocess.Popen(command(cell), stdout=log, stderr=subprocess.STDOUT, env={**threads, **os.environ}, start_new_session=True)
-                running[cell] = process, time.monotonic()
-                print(f"start  {cell}, log {cell.log(root)}", flush=True)
-            for cell, (process, started) in list(running.items()):
-                if process.poll() is not None:
-                    del running[cell]
-                    failed += [cell] if process.returncode else []
-                    outcome = f"failed with status {process.returncode}" if process.returncode else "done"
-                    print(f"{outcome}  {cell}, {(time.monotonic() - started) / 60:.1f} min", flush=True)
-            time.sleep(poll_s if running else 0.0)
-    except BaseException:
-        end([process for process, _ in running.values()], grace_s)
-        raise
-    if failed:
-        logs = ", ".join(str(cell.log(root)) for cell in failed)
-        raise SystemExit(f"failed: {', '.join(map(str, failed))}; {len(waiting)} cells not started. Read {logs}, then run the same command again")
-
-
-def end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
-    """Interrupt processes, each the head of a session of its own, and kill what is left of it after the grace."""
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + grace_s
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: Path) -> None:
     """Write and print the tables of every (dataset, experiment) whose seeds are all there.
 
@@ -274,7 +189,7 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: P
         CollectionError: seeds that do not belong together.
         SystemExit: there is nothing to collect.
     """
-    now, fresh, rebuilt = commit(), list[quality_tables.Record](), list[tuple[str, str]]()
+    now, fresh, rebuilt = commit(), list[Record](), list[tuple[str, str]]()
     for dataset in datasets:
         command = f"python benchmarks/quality.py --datasets {dataset}" + ("" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}")
         for experiment in dict.fromkeys(cell.experiment for cell in grid([dataset], seeds)):
@@ -292,22 +207,10 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: P
     old = json.loads(file.read_text()) if file.exists() else []
     records = quality_tables.merged(fresh, old, rebuilt)
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(quality_tables.to_json(records))
+    file.write_text(to_json(records))
     text = quality_tables.markdown(records)
     (output / "quality.md").write_text(text)
     print(text)
-
-
-def commit() -> str:
-    """The repository's commit, with `+changes` where files beyond results and documents differ from it; "unknown" outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD")
-    changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
-    return "unknown" if head is None else head + ("+changes" if changes else "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid leaves no cell behind
         datasets, seeds = list(dict.fromkeys(options.datasets)), sorted(set(options.seeds))
         if not options.collect_only:
-            run_grid(grid(datasets, seeds), Path(where.home), jobs=options.jobs)
+            run_grid(grid(datasets, seeds), Path(where.home), jobs=options.jobs, command=cell_command)
         collect(datasets, seeds, Path(where.home), options.output)
-    except (ConfigError, quality_tables.CollectionError) as error:
+    except (ConfigError, CollectionError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; run the same command again to go on\n")

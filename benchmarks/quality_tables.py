@@ -1,31 +1,27 @@
 """The quality tables: the evaluations of several seeds in, records and Markdown out.
 
-A record is {table, dataset, row, metric, value, low, high, seeds, command, commit}: one number with its 95 % interval over requests and
-seeds together (null where it has none), how many seeds stand behind it, the command that rebuilds it and the commit it was built at.
-`METRIC_gain_vs_ROW` is the paired relative difference to another row, `METRIC_misses_gone_vs_ROW` the share of that row's misses that
-are gone, `METRIC[SLICE]` the metric over a slice of the requests; the row `all` says how many requests were measured: the headline ones or,
-in the tables `NAME_all_queries` of data sets whose queries are derived from the items bought, a uniform sample of the test requests.
+Records are those of `paired_records`. `METRIC[SLICE]` is the metric over a slice of the requests; the row `all` says how many requests were
+measured: the headline ones or, in the tables `NAME_all_queries` of data sets whose queries are derived from the items bought, a uniform
+sample of the test requests.
 
 Shapes: T seeds, R requests, M metrics.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paired_records
+from paired_records import Columns, PairedRecords, Record, markdown_table, mean, origin, require_equal
 
-from genrecall.evaluation.bootstrap import Bootstrap, Interval
 from genrecall.evaluation.results_table import row_name, show, show_gain
-
-Record = dict[str, Any]
-Columns = dict[str, np.ndarray]
 
 ALL_QUERIES = "_all_queries"
 TABLES_OF = {
@@ -66,10 +62,6 @@ _VERSUS = re.compile(r"(?P<metric>.+)_(?P<kind>gain|misses_gone)_vs_(?P<base>.+)
 _SLICE = re.compile(r"(?P<metric>[^\[]+)\[(?P<slice>.+)\]")
 
 
-class CollectionError(ValueError):
-    """Evaluations that do not belong together; the message says which cell to rerun."""
-
-
 @dataclass(frozen=True)
 class Evaluations:
     """One experiment's evaluations, one a seed, all over the same requests.
@@ -100,10 +92,11 @@ def read_evaluations(folders: Mapping[str, Path]) -> Evaluations:
     for cell, folder in folders.items():
         with np.load(folder / "per_request" / "requests.npz", allow_pickle=False) as file:
             asked[cell] = tuple(tuple(file[name].tolist()) for name in ("request_id", "primary", "uniform"))
-    _require_equal(asked, folders, "measured other requests than")
+    fix = functools.partial(_rerun, folders)
+    require_equal(asked, "measured other requests than", fix)
     _, primary, uniform = next(iter(asked.values()))
     by_cell = {cell: _columns_of(folder / "per_request") for cell, folder in folders.items()}
-    _require_equal({cell: tuple(sorted((key, *sorted(one)) for key, one in found.items())) for cell, found in by_cell.items()}, folders, "has other rows than")
+    require_equal({cell: tuple(sorted((key, *sorted(one)) for key, one in found.items())) for cell, found in by_cell.items()}, "has other rows than", fix)
     found = list(by_cell.values())
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders.values()]
 
@@ -117,7 +110,7 @@ def read_evaluations(folders: Mapping[str, Path]) -> Evaluations:
 
 def _columns_of(folder: Path) -> dict[tuple[str, str], Columns]:
     """(table, row) -> metric -> float64 [evaluated requests] of one evaluation; files without a row in their name hold something else."""
-    found = {}
+    found: dict[tuple[str, str], Columns] = {}
     for path in sorted(folder.glob("*.*.npz")):
         table, _, row = path.stem.partition(".")
         with np.load(path, allow_pickle=False) as file:
@@ -125,14 +118,8 @@ def _columns_of(folder: Path) -> dict[tuple[str, str], Columns]:
     return found
 
 
-def _require_equal(signatures: Mapping[str, Any], folders: Mapping[str, Path], what: str) -> None:
-    """Name the cells that differ from most of the others (from the first, where no two agree)."""
-    usual = Counter(signatures.values()).most_common(1)[0][0]
-    rest = ", ".join(f"`{cell}`" for cell, one in signatures.items() if one == usual)
-    odd = [cell for cell, one in signatures.items() if one != usual]
-    if odd:
-        fix = "; ".join(f"delete {folders[cell]} and run `python benchmarks/quality.py --cell {cell}` again" for cell in odd)
-        raise CollectionError(f"{', '.join(f'`{cell}`' for cell in odd)} {what} {rest}: {fix}")
+def _rerun(folders: Mapping[str, Path], cell: str) -> str:
+    return f"delete {folders[cell]} and run `python benchmarks/quality.py --cell {cell}` again"
 
 
 @dataclass(frozen=True)
@@ -168,7 +155,7 @@ class Collector:
             for one in metrics["records"]:
                 if one["table"] == "channels" and one["row"] == OURS and one["slice"] and one["metric"] in ADDED:
                     by_name.setdefault(f"{one['metric']}[{one['slice']}]", []).append(one["value"])
-        return [self._record("channels_by_slice", OURS, name, _mean(values)) for name, values in by_name.items()]
+        return [self._maker.record("channels_by_slice", OURS, name, mean(values)) for name, values in by_name.items()]
 
     def _sid_tables(self, rows: Sequence[str], suffix: str = "") -> list[Record]:
         """Both stages' tables, the second only where it says something new."""
@@ -187,7 +174,7 @@ class Collector:
         }
         pairs = [(row, "rqvae") for row in present if row != "rqvae"] + [(MAIN, row) for row in present if row not in (MAIN, "rqvae")]
         records = self._means(source, table, wanted) + self._gains(source, table, pairs, SID_METRICS, SID_MISSES)
-        return records + [self._record(table, row, SIZE, _mean(values)) for row, values in sizes.items() if values]
+        return records + [self._maker.record(table, row, SIZE, mean(values)) for row, values in sizes.items() if values]
 
     def _personalised_is_a_copy(self) -> bool:
         """Whether stage 3 is stage 2 (no shopper is known), so that its table would say everything twice."""
@@ -198,66 +185,25 @@ class Collector:
         )
 
     def _means(self, source: str, table: str, wanted: Iterable[tuple[str, str]]) -> list[Record]:
-        """Means of (row, metric), those that were not measured left out."""
-        columns = self.seen.columns
-        names = [(row, metric) for row, metric in wanted if metric in columns.get((source, row), {})]
-        if not names:
-            return []
-        intervals = self._bootstrap().intervals(np.stack([columns[source, row][metric] for row, metric in names], axis=2))
-        records = [self._record(table, row, metric, one.value, one.low, one.high) for (row, metric), one in zip(names, intervals, strict=True)]
-        return [*records, self._record(table, "all", "requests", self.seen.requests)]
+        """Means of (row, metric), and how many requests were measured; nothing where none of them was."""
+        records = self._maker.means(table, self._rows(source), wanted)
+        return [*records, self._maker.record(table, "all", "requests", self.seen.requests)] if records else []
 
     def _gains(self, source: str, table: str, pairs: Iterable[tuple[str, str]], metrics: Sequence[str], misses: Sequence[str] = ()) -> list[Record]:
-        """Paired gains of (row, base), and the shares of the base's misses that are gone; nothing where either row is missing."""
-        columns = self.seen.columns
-        names: list[tuple[str, str]] = []
-        ours: list[np.ndarray] = []
-        theirs: list[np.ndarray] = []
-        for row, base in pairs:
-            first, second = columns.get((source, row), {}), columns.get((source, base), {})
-            for metric in [one for one in metrics if one in first and one in second]:
-                names.append((row, f"{metric}_gain_vs_{base}"))
-                ours, theirs = [*ours, first[metric]], [*theirs, second[metric]]
-            for metric in [one for one in misses if one in first and one in second]:
-                names.append((row, f"{metric}_misses_gone_vs_{base}"))
-                ours, theirs = [*ours, 1.0 - first[metric]], [*theirs, 1.0 - second[metric]]
-        if not names:
-            return []
-        intervals = self._bootstrap().gains(np.stack(ours, axis=2), np.stack(theirs, axis=2))
-        return [self._record(table, row, metric, *_bounds(metric, one)) for (row, metric), one in zip(names, intervals, strict=True)]
+        return self._maker.gains(table, self._rows(source), pairs, metrics, misses)
 
-    def _bootstrap(self) -> Bootstrap:
-        return Bootstrap(self.seen.requests, samples=self.samples)
+    def _rows(self, source: str) -> dict[str, Columns]:
+        """row -> columns of one of the evaluations' tables."""
+        return {row: columns for (table, row), columns in self.seen.columns.items() if table == source}
 
-    def _record(self, table: str, row: str, metric: str, value: float | None, low: float | None = None, high: float | None = None) -> Record:
-        bounds = {name: None if one is None else round(one, 6) for name, one in (("value", value), ("low", low), ("high", high))}
-        names = {"table": table, "dataset": self.dataset, "row": row, "metric": metric}
-        return {**names, **bounds, "seeds": len(self.seen.metrics), "command": self.command, "commit": self.commit}
-
-
-def _bounds(metric: str, one: Interval) -> tuple[float | None, float | None, float | None]:
-    """(value, low, high); the relative change of misses turned round, so that fewer is positive."""
-    if "_misses_gone_vs_" not in metric:
-        return one.value, one.low, one.high
-    flipped = [None if bound is None else 0.0 - bound for bound in (one.value, one.high, one.low)]
-    return flipped[0], flipped[1], flipped[2]
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    @property
+    def _maker(self) -> PairedRecords:
+        return PairedRecords(self.dataset, len(self.seen.metrics), self.command, self.commit, self.samples)
 
 
 def merged(fresh: Sequence[Record], old: Sequence[Record], rebuilt: Iterable[tuple[str, str]]) -> list[Record]:
     """All records in a fixed order: the fresh ones, and the old ones of every (dataset, experiment) that was not rebuilt."""
-    gone = {(dataset, table) for dataset, experiment in rebuilt for table in TABLES_OF[experiment]}
-    kept = [record for record in old if (record["dataset"], record["table"]) not in gone]
-    return sorted([*fresh, *kept], key=lambda record: tuple(record[name] for name in ("dataset", "table", "row", "metric")))
-
-
-def to_json(records: Sequence[Record]) -> str:
-    """A JSON list with one record a line, so that a change of one number is a change of one line."""
-    return "[\n" + ",\n".join(" " + json.dumps(record, allow_nan=False) for record in records) + "\n]\n"
+    return paired_records.merged(fresh, old, [(dataset, table) for dataset, experiment in rebuilt for table in TABLES_OF[experiment]])
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -271,15 +217,8 @@ def markdown(records: Sequence[Record]) -> str:
         for table, title in TITLES.items():
             found = {(record["row"], record["metric"]): record for record in records if (record["dataset"], record["table"]) == (dataset, table)}
             if found:
-                parts += [f"### {title}", _source(found), *_blocks(table, found)]
+                parts += [f"### {title}", origin(next(iter(found.values())), found.get(("all", "requests"))), *_blocks(table, found)]
     return "\n\n".join(parts) + "\n"
-
-
-def _source(found: Mapping[tuple[str, str], Record]) -> str:
-    one = next(iter(found.values()))
-    measured = found.get(("all", "requests"))
-    about = "" if measured is None else f", {measured['value']:,} requests, 95 % intervals over both"
-    return f"{one['seeds']} seed{'s' if one['seeds'] > 1 else ''}{about}: `{one['command']}` at {one['commit']}."
 
 
 def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
@@ -287,12 +226,12 @@ def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
         split = {metric: match.groupdict() for _, metric in found if (match := _SLICE.fullmatch(metric))}
         slices = list(dict.fromkeys(one["slice"] for one in split.values()))
         rows = [[name, *(show(found.get((OURS, f"{metric}[{name}]"))) for metric in ADDED)] for name in slices]
-        return [_table(["slice", *ADDED], rows)]
+        return [markdown_table(["slice", *ADDED], rows)]
     is_sid = not table.startswith("channels")
     order, metrics = (SID_ROWS, list(SID_METRICS)) if is_sid else (CHANNEL_ROWS, [*RECALLS, *ADDED])
     rows_there = [row for row in order if any((row, metric) in found for metric in metrics)]
     blocks = [
-        _table(
+        markdown_table(
             ["", *(["items/SID"] if is_sid else []), *metrics],
             [[_name(row), *([_size(found.get((row, SIZE)))] if is_sid else []), *_cells(found, row, metrics)] for row in rows_there],
         )
@@ -300,11 +239,11 @@ def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
     cuts = sorted({metric for _, metric in found if metric.startswith(CUT)}, key=lambda metric: int(metric.removeprefix(CUT)))
     if cuts:
         cut_rows = [[_name(row), *_cells(found, row, cuts)] for row in rows_there if row in CUT_ROWS]
-        blocks += ["Cut to the 1,000 items of highest prior:", _table(["", *(f"beam {metric.removeprefix(CUT)}" for metric in cuts)], cut_rows)]
+        blocks += ["Cut to the 1,000 items of highest prior:", markdown_table(["", *(f"beam {metric.removeprefix(CUT)}" for metric in cuts)], cut_rows)]
     gains = _gain_rows(found, rows_there)
     if gains:
         names = list(dict.fromkeys(name for _, by_name in gains for name in by_name))
-        blocks += ["Paired gains:", _table(["", *names], [[pair, *(show_gain(by_name.get(name)) for name in names)] for pair, by_name in gains])]
+        blocks += ["Paired gains:", markdown_table(["", *names], [[pair, *(show_gain(by_name.get(name)) for name in names)] for pair, by_name in gains])]
     return blocks
 
 
@@ -330,8 +269,3 @@ def _size(record: Record | None) -> str:
 
 def _name(row: str) -> str:
     return "RQ-VAE, books resized" if row == "rqvae_resized" else row_name(row)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -256,8 +256,12 @@ class TrainWorker:
                 },
             )
 
-    def resume(self) -> dict[str, Any]:
-        """The state given to the last `save` (with "step"), its weights, optimizer and RNG loaded; {} at a fresh start."""
+    def resume(self, read: Callable[[Path], None] | None = None) -> dict[str, Any]:
+        """The state given to the last `save` (with "step"), its weights, optimizer and RNG loaded; {} at a fresh start.
+
+        Args:
+            read: called with the checkpoint's folder, to read what `save` wrote there; not at a fresh start.
+        """
         checkpoint = ray_train.get_checkpoint()
         if checkpoint is None:
             return {}
@@ -265,6 +269,8 @@ class TrainWorker:
             state: dict[str, Any] = json.loads((Path(folder) / _STATE).read_text())
             # DeepSpeed checkpoints are torch files; this one was written by this very stage, under a name made of its config and parents.
             self._engine.load_checkpoint(folder, tag="deepspeed")
+            if read is not None:
+                read(Path(folder))
         self._step = self._first_step = int(state["step"])
         if self.rank == 0:
             logger.info("%s: resuming at step %d of %d", self.name, self._step, self.total_steps)
@@ -300,17 +306,33 @@ class TrainWorker:
         """Whether a checkpoint should follow this step."""
         return (step + 1) % self._checkpoint_every == 0 and step + 1 < self.total_steps
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Store a checkpoint; every rank calls this. `state` is JSON and holds "step", the next step to run."""
-        self._report(state, export=None)
+    def save(self, state: Mapping[str, Any], write: Callable[[Path], None] | None = None) -> None:
+        """Store a checkpoint; every rank calls this. `state` is JSON and holds "step", the next step to run.
 
-    def finish(self, export: Callable[[Path], None], metrics: Mapping[str, float] | None = None) -> None:
-        """Store the last checkpoint with the files that `export(folder)` writes on rank 0; every rank calls this."""
+        Args:
+            write: called on rank 0 with the checkpoint's folder, to keep more there than the model and the state.
+        """
+        self._report(state, export=None, write=write)
+
+    def finish(
+        self,
+        export: Callable[[Path], None],
+        metrics: Mapping[str, float] | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        write: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Store the last checkpoint with the files that `export(folder)` writes on rank 0; every rank calls this.
+
+        Args:
+            metrics: final ones, for MLflow.
+            state, write: as in `save`, for a run whose driver dies now and that is started again; "step" is filled in.
+        """
         if self._metric_log is not None:
             self._flush()
             if metrics:
                 self._metric_log.write([(self._step, int(time.time() * 1000), metrics)])
-        self._report({"step": self._step}, export=export)
+        self._report({**(state or {}), "step": self._step}, export=export, write=write)
 
     def _flush(self) -> None:
         assert self._metric_log is not None
@@ -318,12 +340,14 @@ class TrainWorker:
         self._metric_log.write([(step, at, {k: float(v) for k, v in values.items()}) for step, at, values in kept])
         self._pending = []
 
-    def _report(self, state: Mapping[str, Any], export: Callable[[Path], None] | None) -> None:
+    def _report(self, state: Mapping[str, Any], export: Callable[[Path], None] | None, write: Callable[[Path], None] | None = None) -> None:
         folder = Path(tempfile.mkdtemp(prefix="genrecall-checkpoint-"))
         try:
             self._engine.save_checkpoint(str(folder), tag="deepspeed")
             if self.rank == 0:
                 (folder / _STATE).write_text(json.dumps(dict(state)))
+                if write is not None:
+                    write(folder)
                 if export is not None:
                     (folder / "export").mkdir()
                     export(folder / "export")

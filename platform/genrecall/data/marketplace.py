@@ -50,7 +50,7 @@ class Marketplace:
     """A simulated site.
 
     Args:
-        size: "tiny", "small", "medium", "large" or a `MarketplaceSize` of your own.
+        size: "tiny", "small", "medium", "large", "busy" or a `MarketplaceSize` of your own.
         seed: of everything in it.
 
     Raises:

@@ -50,6 +50,7 @@ SIZES = {
         MarketplaceSize("small", items=2_000, users=700, requests=8_000, departments=4, brands_per_department=10),
         MarketplaceSize("medium", items=20_000, users=5_000, requests=30_000, departments=10, brands_per_department=25),
         MarketplaceSize("large", items=100_000, users=15_000, requests=72_000, departments=10, brands_per_department=60),
+        MarketplaceSize("busy", items=2_000, users=5_000, requests=60_000, departments=4, brands_per_department=10),  # small's items, more traffic
     )
 }
 

@@ -58,7 +58,7 @@ class PrepareDataConfig:
     """
 
     source: Literal["marketplace", "canonical", "home_depot", "amazon_scientific", "kuaisearch", "jdsearch", "ubi"] = "marketplace"
-    marketplace_size: Literal["tiny", "small", "medium", "large"] = "small"
+    marketplace_size: Literal["tiny", "small", "medium", "large", "busy"] = "small"
     folder: str | None = None
     items: str = "items"
     events: str = "events"

@@ -37,11 +37,17 @@ FEW = 10
 PALETTE = ("#475569", "#0f766e", "#7c3aed", "#a16207", "#0369a1", "#be185d", "#c2410c")
 _HEALTH = (
     ("Reward", ("reward", "group_reward")),
-    ("Valid SIDs and groups without spread", ("valid_rate", "zero_spread")),
+    ("Samples by reward tier", ("tier_purchased", "tier_clicked", "tier_exposed", "tier_valid", "tier_invalid")),
+    ("Valid SIDs and groups without spread", ("valid_rate", "zero_spread", "gate_open")),
+    ("Different SIDs per group", ("unique_sids",)),
     ("KL to the reference", ("kl",)),
     ("Entropy by level", ("entropy_1", "entropy_2", "entropy_3")),
     ("Clip fraction", ("clip_fraction",)),
+    ("Experts: share and loss", ("expert_share", "expert_loss")),
     ("Hit rate, head and tail queries", ("hit_rate_head", "hit_rate_tail")),
+    ("Rewards without a number, groups without a reward", ("unusable_rewards", "empty_groups")),
+    ("Actors replaced, rollouts dropped, ranker calls failed", ("replaced_actors", "dropped_rollouts", "failed_ranker_calls")),
+    ("Stale experts left out", ("stale_experts",)),
 )
 
 _PAGE = """<!doctype html>
@@ -339,21 +345,30 @@ def _health_section(aligned: Artifact | None) -> dict[str, Any]:
     if aligned is None or not (aligned.path / "health.parquet").is_file():
         return _section("Alignment")
     health = pq.read_table(aligned.path / "health.parquet").to_pydict()
+    facts = json.loads((aligned.path / "training.json").read_text()) if (aligned.path / "training.json").is_file() else {}
+    limits = facts.get("stop_limits", {})
     panels = [(title, [name for name in names if name in health]) for title, names in _HEALTH]
     panels = [(title, names) for title, names in panels if names]
     steps = health.get("step", list(range(len(next(iter(health.values()), [])))))
     figure = Figure(figsize=(10.5, 2.5 * ((len(panels) + 2) // 3)), layout="constrained")
     for number, (title, names) in enumerate(panels):
         axis = figure.add_subplot((len(panels) + 2) // 3, 3, number + 1)
-        for name, colour in zip(names, (OURS, OTHERS, "#0f766e"), strict=False):
+        for name, colour in zip(names, (OURS, OTHERS, "#0f766e", "#7c3aed", "#a16207"), strict=False):
             axis.plot(steps, health[name], color=colour, label=name.replace("_", " "), linewidth=1.4)
+            if name in limits:
+                axis.axhline(limits[name]["limit"], color=colour, linewidth=1.0, linestyle=":")
+        if facts.get("stopped"):
+            axis.axvline(facts["kept_step"], color=GREY, linewidth=1.0, zorder=0)
         _style(axis)
         axis.set_title(title, fontsize=9.5, loc="left")
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8)
-    facts = json.loads((aligned.path / "training.json").read_text()) if (aligned.path / "training.json").is_file() else {}
-    about = f"Stopped early: {facts['stopped']}." if facts.get("stopped") else ""
-    return _section("Alignment (EG-GRPO)", about, images=[_image(figure, "Health of the reinforcement-learning run by step")])
+    return _section("Alignment (EG-GRPO)", _health_words(facts), images=[_image(figure, "Health of the reinforcement-learning run by step")])
+
+
+def _health_words(facts: Mapping[str, Any]) -> str:
+    words = f"Stopped early: {facts['stopped']}. The weights after {facts['kept_step']} steps were kept (grey line). " if facts.get("stopped") else ""
+    return words + ("Dotted: the bound of a stop rule." if facts.get("stop_limits") else "")
 
 
 def _figure(panels: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -153,9 +153,7 @@ def train_ranker(config: RankerConfig, *, dataset: Artifact, encoder: Artifact, 
         return done
     catalog = load_catalog(dataset)
     train, validation = load_requests(dataset, "train", catalog), load_requests(dataset, "validation", catalog)
-    if not any(len(clicked) for clicked in validation.clicked):
-        last_tenth = len(train) - max(1, len(train) // 10)
-        train, validation = train.take(np.arange(last_tenth)), train.take(np.arange(last_tenth, len(train)))
+    train, validation = _with_clicks(train, validation)
     statistics = item_statistics(train, len(catalog), position_bias=config.position_bias)
     features = PairFeatures(catalog, _item_embeddings(encoder.path), load_encoder(encoder.path).encode_queries, statistics)
     booster, calibration, metrics = fit_ranker(config, features, train, validation)
@@ -221,7 +219,7 @@ def fit_ranker(config: RankerConfig, features: PairFeatures, train: Requests, va
     scores = np.asarray(booster.predict(held_out_features), dtype=np.float64) if len(held_out.groups) else np.zeros(0)
     clicked = (held_out.labels > 0).astype(np.float64)
     shown = held_out.shown & _in_group_with_contrast(held_out)
-    asked = shown if shown.any() else np.ones(len(scores), dtype=bool)  # a log of clicks alone has nothing shown and not clicked
+    asked = _calibrated_on(held_out)
     calibration = fit_calibration(scores[asked], clicked[asked])
 
     def shown_ndcg(by: NDArray[np.floating]) -> float:
@@ -240,6 +238,26 @@ def fit_ranker(config: RankerConfig, features: PairFeatures, train: Requests, va
         "train_groups": float(len(pairs.groups)),
     }
     return booster, calibration, metrics
+
+
+def calibrate(
+    config: RankerConfig,
+    raw_score: Callable[[Requests, NDArray[np.int64], NDArray[np.int32]], NDArray[np.float64]],
+    train: Requests,
+    validation: Requests,
+    num_items: int,
+) -> Calibration:
+    """The calibration of another model's scores, fitted on the same validation pairs as that of our own.
+
+    Args:
+        raw_score: (requests, request rows [P], item rows [P]) -> score [P]. Pairs whose score is not finite are left out.
+    """
+    _, validation = _with_clicks(train, validation)
+    pairs = _draw_pairs(config, validation, num_items, np.random.default_rng(config.seed), limit=config.max_train_requests)
+    asked = _calibrated_on(pairs)
+    scores = raw_score(validation, pairs.requests[asked], pairs.items[asked])
+    usable = np.isfinite(scores)
+    return fit_calibration(scores[usable], (pairs.labels[asked][usable] > 0).astype(np.float64))
 
 
 def fit_calibration(scores: NDArray[np.float64], clicked: NDArray[np.float64]) -> Calibration:
@@ -349,6 +367,20 @@ def _draw_pairs(config: RankerConfig, requests: Requests, num_items: int, rng: n
         positions=np.concatenate([positions_in(owners), nothing])[order],
         groups=sizes[sizes > 0],
     )
+
+
+def _with_clicks(train: Requests, validation: Requests) -> tuple[Requests, Requests]:
+    """The two splits; where no validation request has a click, the last tenth of the training requests takes its place."""
+    if any(len(clicked) for clicked in validation.clicked):
+        return train, validation
+    last_tenth = len(train) - max(1, len(train) // 10)
+    return train.take(np.arange(last_tenth)), train.take(np.arange(last_tenth, len(train)))
+
+
+def _calibrated_on(pairs: _Pairs) -> NDArray[np.bool_]:
+    """Which pairs tell a probability of "clicked, if shown": bool [P]; all of them where the log holds nothing shown and not clicked."""
+    shown = pairs.shown & _in_group_with_contrast(pairs)
+    return shown if shown.any() else np.ones(len(shown), dtype=bool)
 
 
 def _in_group_with_contrast(pairs: _Pairs) -> NDArray[np.bool_]:

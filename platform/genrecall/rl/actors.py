@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 
 from genrecall.rl.rollout import Rollout, RolloutTask
 
@@ -47,6 +47,7 @@ class NamedActor:
         self._spec = dict(spec)
         self._remote: Any = ray.remote(actor_class).options(name=name, namespace=namespace, get_if_exists=True, num_cpus=cpus, num_gpus=gpus, max_restarts=-1)
         self._handle: Any = None
+        self.generation = 0  # goes up whenever the actor may be another one
 
     @property
     def handle(self) -> Any:
@@ -58,6 +59,7 @@ class NamedActor:
     def forget(self) -> None:
         """Look the actor up, or make it, again at the next use."""
         self._handle = None
+        self.generation += 1
 
     def kill(self) -> None:
         """End the actor for good, if it lives."""
@@ -73,6 +75,7 @@ class _Call:
     actor: NamedActor
     make: Callable[[Any], Any]  # handle -> object reference
     reference: Any
+    generation: int  # of the actor that was called
 
 
 class Supervisor:
@@ -80,6 +83,8 @@ class Supervisor:
 
     Args:
         timeout_s: an actor that takes longer is killed and replaced.
+
+    `replaced` counts lost actors, however many calls one of them had under way.
     """
 
     def __init__(self, *, timeout_s: float) -> None:
@@ -88,7 +93,7 @@ class Supervisor:
 
     def call(self, actor: NamedActor, make: Callable[[Any], Any]) -> _Call:
         """Start a call; `make(handle)` returns its object reference and may be used again."""
-        return _Call(actor, make, make(actor.handle))
+        return _Call(actor, make, make(actor.handle), actor.generation)
 
     def result(self, call: _Call) -> Any:
         """The call's result.
@@ -102,14 +107,29 @@ class Supervisor:
             except (RayActorError, GetTimeoutError) as error:
                 if attempt == _ATTEMPTS:
                     raise ActorPoolError(f"{call.actor.name}: gave no answer in {_ATTEMPTS} attempts of at most {self._timeout_s:g} s: {error}") from error
-                self.replaced += 1
-                logger.warning("%s: lost (%s), replacing it", call.actor.name, type(error).__name__)
-                if isinstance(error, GetTimeoutError):
-                    call.actor.kill()
-                call.actor.forget()
+                if call.generation == call.actor.generation:  # else another call has found out before
+                    self.replaced += 1
+                    logger.warning("%s: lost (%s), replacing it", call.actor.name, type(error).__name__)
+                    if isinstance(error, GetTimeoutError):
+                        call.actor.kill()
+                    else:
+                        call.actor.forget()
                 time.sleep(0.5 * attempt)  # a killed actor's name is free a moment later
-                call.reference = call.make(call.actor.handle)
+                self._wait_for(call.actor)
+                call.reference, call.generation = call.make(call.actor.handle), call.actor.generation
         raise AssertionError("unreachable")
+
+    def _wait_for(self, actor: NamedActor) -> None:
+        """Wait while Ray starts a crashed actor again: until then it refuses calls, which are no attempts. What else is wrong shows in the call."""
+        deadline = time.monotonic() + self._timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                ray.get(actor.handle.__ray_ready__.remote(), timeout=left)
+                return
+            except ActorUnavailableError:
+                time.sleep(0.2)
+            except (RayActorError, GetTimeoutError):
+                return
 
 
 class RolloutPool:

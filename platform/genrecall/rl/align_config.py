@@ -32,6 +32,10 @@ class AlignConfig:
         expert_draw: weights of a purchased, clicked and exposed SID in the draw of experts (and of the anchor).
         support: "trie" samples SIDs only, and is what a guided generator needs; "level" samples without the trie, an answer that is no SID
             earns `reward.invalid`.
+        distinct_samples: a group's samples are drawn without replacement, so that no place is spent twice on one answer. They are then not independent:
+            unlikely answers are in more groups than their probability says, so group means (reward, KL, entropy, and the baseline of the
+            advantage) lean toward them and the gradient is no unbiased estimate of the policy's. The ratio stays that of one independent draw; the
+            reweighting of arXiv:1903.06059 (section 4.2) is left out. `unique_sids` then says nothing about collapse.
         updates_per_rollout: optimizer steps on each step's groups.
         max_staleness: steps by which rollouts may lag behind the weights they update; 0 is synchronous.
         rollout_actors, cpus_per_rollout, gpus_per_rollout, cpus_for_reward: the actors and what each reserves.
@@ -47,6 +51,7 @@ class AlignConfig:
     num_experts: int = 2
     expert_draw: tuple[float, float, float] = (4.0, 2.0, 0.1)
     support: Literal["level", "trie"] = "trie"
+    distinct_samples: bool = False
     learning_rate: float = 5e-5
     warmup_steps: int = 5
     weight_decay: float = 0.0
@@ -77,10 +82,17 @@ class AlignConfig:
             found.append(f"expert_draw: expected weights of at least 0, one of them above 0, got {list(self.expert_draw)}")
         if self.objective.expert_decay_steps and not self.num_experts:
             found.append("objective.expert_decay_steps: has no effect without experts; set num_experts above 0 or leave it out")
+        if self.reward.needs_ranker and self.reward.timeout_s >= self.actor_timeout_s:
+            found.append(
+                f"reward.timeout_s: expected less than actor_timeout_s ({self.actor_timeout_s:g}), or the reward actor is replaced before its ranking model is "
+                f"given up, got {self.reward.timeout_s:g}"
+            )
+        if self.num_experts and not self.objective.policy_weight:
+            found.append(f"num_experts: {self.num_experts} have no effect with objective.policy_weight=0; set num_experts=0")
         return found
 
     def rollout_config(self) -> RolloutConfig:
-        return RolloutConfig(seed=self.seed, group_size=self.group_size, num_experts=self.num_experts, support=self.support)
+        return RolloutConfig(seed=self.seed, group_size=self.group_size, num_experts=self.num_experts, support=self.support, distinct=self.distinct_samples)
 
     def cpu_requests(self, train: TrainSettings) -> dict[str, float]:
         """CPUs that each part of the alignment reserves."""

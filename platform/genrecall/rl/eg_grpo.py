@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from genrecall.config import from_dict, to_dict
@@ -41,6 +42,7 @@ from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.packed_decoder import pack
 from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
 from genrecall.rl.experience import Experience, Experiences, reward_actor, rollout_actors, shared
 from genrecall.rl.experts import counter_uniforms, draw_weighted, tier_weights
@@ -58,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 ALGORITHM_VERSION = 1
 _SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
+_GOOD_WEIGHTS = "good_weights.safetensors"  # in a checkpoint: what a stop rule goes back to
 _ANCHOR_STREAM = 0xA9C4_0125
 _CHECKPOINT_EVERY = 50  # a step here costs far more than one of supervised training
 
@@ -80,16 +83,22 @@ def align_generator(
     interrupted run goes on from its last checkpoint.
 
     Args:
-        ranker: needed where the reward's mode is "ranker" or "mixed", else left out of the artifact's parents.
+        ranker: needed where the reward's mode is "ranker" or "mixed" and names none of the registry, else left out of the artifact's parents.
         train: spread of the learner; it gets one CPU per worker, since rollouts and reward need the others.
 
     Raises:
         AlignError: no ranker where one is needed, no request with feedback, or a cluster that is too small.
+        RankerError: the registry has no such ranker, or it needs more trust than was given.
         TrainingError: the learner failed more often than allowed.
         ActorPoolError: an actor cannot be kept alive.
     """
-    if config.reward.needs_ranker and ranker is None:
-        raise AlignError(f"reward.mode={config.reward.mode!r} needs a ranker artifact; run jobs/train_ranker.py or set align.reward.mode=feedback")
+    if config.reward.ranker_uri is not None:
+        config, ranker = _with_pinned_ranker(config, train), None
+    elif config.reward.needs_ranker and ranker is None:
+        raise AlignError(
+            f"reward.mode={config.reward.mode!r} needs a ranker artifact; run jobs/train_ranker.py, name one of the registry with align.reward.ranker_uri "
+            "or set align.reward.mode=feedback"
+        )
     parents = {"dataset": dataset, "encoder": encoder, "sid_index": sid_index, "generator": generator}
     if config.reward.needs_ranker and ranker is not None:
         parents["ranker"] = ranker
@@ -107,6 +116,7 @@ def align_generator(
         "namespace": ray.get_runtime_context().namespace,
         "rollout_names": [f"{prefix}-rollout-{number}" for number in range(config.rollout_actors)],
         "reward_name": f"{prefix}-reward",
+        "tracking_uri": train.tracking_uri,
     }
     actors = [*rollout_actors(config, loop_config), reward_actor(config, loop_config)]
     try:
@@ -120,6 +130,16 @@ def align_generator(
         shutil.copytree(exported, draft.path, dirs_exist_ok=True)
         draft.row_counts["steps"] = int(json.loads((draft.path / "training.json").read_text())["steps_run"])
     return stage.open()
+
+
+def _with_pinned_ranker(config: AlignConfig, train: TrainSettings) -> AlignConfig:
+    """The config with its registry ranker as a version in place of an alias, so that the artifact's identity says which one it was."""
+    from genrecall.ranking.registered_ranker import pinned_ranker  # MLflow's models are slow to import, and most runs name none
+
+    reward = config.reward
+    assert reward.ranker_uri is not None
+    pinned = pinned_ranker(reward.ranker_uri, tracking_uri=train.tracking_uri, trust_pyfunc=reward.trust_pyfunc, trust_pickles=reward.trust_pickles)
+    return dataclasses.replace(config, reward=dataclasses.replace(reward, ranker_uri=pinned))
 
 
 def align_loop(loop_config: dict[str, Any]) -> None:
@@ -149,18 +169,25 @@ def align_loop(loop_config: dict[str, Any]) -> None:
         total_steps=updates,
         loop_config=loop_config,
     )
-    reference.to(worker.device)
+    reference = pack(reference.to(worker.device))
     batch = _batch_size(config, len(eligible), worker.world_size, quiet=worker.rank > 0)
-    state = worker.resume()
-    first = int(state.get("rollout_step", 0))
+    kept: dict[str, NDArray[np.float32]] = {}
+    state = worker.resume(lambda folder: kept.update(load_file(folder / _GOOD_WEIGHTS)))
+    first, finished = int(state.get("rollout_step", 0)), bool(state.get("finished"))
     rules = StopRules(config.stop, **state.get("rules", {}))
     health: list[dict[str, float]] = list(state.get("health", []))
-    good_step, good_weights = first, weights_of(model)  # of the last version whose own samples were healthy
+    good_step, good_weights = int(state.get("good_step", first)), kept or weights_of(model)  # of the last version whose own samples were healthy
+    replaced_before = int(health[-1]["replaced_actors"]) if health else 0
+    restarts = int(state.get("restarts", -1)) + 1
     experiences = Experiences(config, loop_config, prompts, feedback) if worker.rank == 0 else None
     update = functools.partial(_update, config, worker, reference, trie, prompts, feedback, table.tokens)
-    reason: str | None = None
-    started, step = time.monotonic(), first
-    for step in range(first, config.steps):
+    reason: str | None = state.get("stopped")
+    started, step = time.monotonic(), first - 1
+
+    def progress() -> dict[str, Any]:
+        return {"rollout_step": step + 1, "good_step": good_step, "restarts": restarts, "rules": rules.state(), "health": health}
+
+    for step in range(first, first if finished else config.steps):
         experience, weights = None, weights_of(model)
         if experiences is not None:
             experiences.publish(step, weights)
@@ -179,7 +206,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             **parts,
             "staleness": float(step - experience.rollout.version),
             "dropped_rollouts": float(experience.dropped),
-            "replaced_actors": float(experience.replaced),
+            "replaced_actors": float(replaced_before + experience.replaced),
             "seconds_experience": experience.seconds,
             "seconds_update": time.monotonic() - updating,
         }
@@ -193,7 +220,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
         if rules.healthy:
             good_step, good_weights = step, weights
             if worker.checkpoint_due(step):
-                worker.save({"step": (step + 1) * config.updates_per_rollout, "rollout_step": step + 1, "rules": rules.state(), "health": health})
+                worker.save({"step": (step + 1) * config.updates_per_rollout, **progress()}, functools.partial(_write_good_weights, good_weights))
     if reason is None and rules.healthy:
         good_step, good_weights = config.steps, weights_of(model)
     elif reason is None:
@@ -209,14 +236,21 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             "steps_run": step + 1,
             "kept_step": good_step,
             "stopped": reason,
+            "stop_limits": {metric: {"limit": limit, "at": bound} for metric, (bound, limit) in rules.limits().items()},
             "seconds": round(time.monotonic() - started, 1),
             "replaced_actors": int(health[-1]["replaced_actors"]),
+            "restarts": restarts,  # from a checkpoint
             "first": _mean_of(health[:5]),
             "last": _mean_of(health[-5:]),
         }
         (folder / "training.json").write_text(json.dumps(facts, indent=2))
 
-    worker.finish(export, {f"final_{name}": value for name, value in _mean_of(health[-5:]).items() if np.isfinite(value)})
+    worker.finish(
+        export,
+        {f"final_{name}": value for name, value in _mean_of(health[-5:]).items() if np.isfinite(value)},
+        state={**progress(), "finished": True, "stopped": reason},
+        write=functools.partial(_write_good_weights, good_weights),
+    )
 
 
 def _update(
@@ -273,15 +307,14 @@ def _reference_levels(reference: Decoder, prompts: Prompts, answers: Tensor, con
 
 
 def _anchors(config: AlignConfig, feedback: Feedback, sid_tokens: NDArray[np.int32], step: int, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """One logged SID per request for the anchor: tokens int64 [B, 1, 3] and whether there is one, bool [B, 1]."""
-    chosen = np.full(len(rows), -1, dtype=np.int64)
+    """Different logged SIDs of each request for the anchor: tokens int64 [B, T, 3] and which are there, bool [B, T]."""
+    chosen = np.full((len(rows), config.objective.sft_anchors), -1, dtype=np.int64)
     for place, row in enumerate(rows):
         sids, tiers = feedback.of(int(row))
         luck = counter_uniforms(config.seed ^ _ANCHOR_STREAM, step, np.array([row]), max(1, len(sids)))[0, : len(sids)]
-        if len(drawn := draw_weighted(sids, tier_weights(tiers, config.expert_draw), luck, count=1)):
-            chosen[place] = drawn[0]
-    tokens = sid_tokens[np.maximum(chosen, 0)].astype(np.int64)
-    return torch.from_numpy(tokens)[:, None], torch.from_numpy(chosen >= 0)[:, None]
+        drawn = draw_weighted(sids, tier_weights(tiers, config.expert_draw), luck, count=chosen.shape[1])
+        chosen[place, : len(drawn)] = drawn
+    return torch.from_numpy(sid_tokens[np.maximum(chosen, 0)].astype(np.int64)), torch.from_numpy(chosen >= 0)
 
 
 def _batch_size(config: AlignConfig, eligible: int, world_size: int, *, quiet: bool) -> int:
@@ -294,6 +327,10 @@ def _batch_size(config: AlignConfig, eligible: int, world_size: int, *, quiet: b
             "align_generator: %d requests a step in place of %d (%d requests with feedback, %d workers)", batch, config.requests_per_step, eligible, world_size
         )
     return batch
+
+
+def _write_good_weights(weights: Mapping[str, NDArray[np.float32]], folder: Path) -> None:
+    save_file(dict(weights), folder / _GOOD_WEIGHTS)
 
 
 def _load(model: Decoder, weights: Mapping[str, NDArray[np.float32]]) -> None:

@@ -46,7 +46,7 @@ def rollout_actors(config: AlignConfig, loop_config: Mapping[str, Any]) -> list[
 def reward_actor(config: AlignConfig, loop_config: Mapping[str, Any]) -> NamedActor:
     """The reward actor of an alignment; it is made when first used."""
     uris = {name: loop_config[name] for name in ("dataset", "sid_index", "encoder", "ranker") if name in loop_config}
-    spec = {**uris, "reward": to_dict(config.reward)}
+    spec = {**uris, "reward": to_dict(config.reward), "tracking_uri": loop_config.get("tracking_uri")}
     return NamedActor(RewardActor, spec, name=loop_config["reward_name"], namespace=loop_config["namespace"], cpus=config.cpus_for_reward)
 
 
@@ -135,13 +135,15 @@ def shared(experience: Experience | None, *, batch: int, group: int, device: tor
         ((batch, group), torch.uint8),
         ((batch, group), torch.float32),
         ((batch, group), torch.int8),
-        ((5,), torch.float64),
+        ((6,), torch.float64),
     ]
     if experience is None:
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     else:
         rollout, rewards = experience.rollout, experience.rewards
-        numbers = np.array([rollout.version, rollout.stale_experts, experience.dropped, experience.replaced, experience.seconds], dtype=np.float64)
+        numbers = np.array(
+            [rollout.version, rollout.stale_experts, experience.dropped, experience.replaced, rewards.failed_calls, experience.seconds], dtype=np.float64
+        )
         arrays = [
             rollout.request_rows,
             rollout.tokens,
@@ -156,7 +158,6 @@ def shared(experience: Experience | None, *, batch: int, group: int, device: tor
     for tensor in tensors:
         torch.distributed.broadcast(tensor, src=0)
     rows, tokens, sids, log_probs, experts, values, tiers, scalars = (tensor.cpu().numpy() for tensor in tensors)
-    version, stale, dropped, replaced = (int(number) for number in scalars[:4])
-    return Experience(
-        Rollout(version, rows, tokens, sids, log_probs, experts.astype(bool), stale), Rewards(values, tiers), dropped, replaced, float(scalars[4])
-    )
+    version, stale, dropped, replaced, failed = (int(number) for number in scalars[:5])
+    rollout = Rollout(version, rows, tokens, sids, log_probs, experts.astype(bool), stale)
+    return Experience(rollout, Rewards(values, tiers, failed), dropped, replaced, float(scalars[5]))

@@ -40,10 +40,19 @@ def counter_uniforms(seed: int, step: int, rows: NDArray[np.integer], *shape: in
     """
     count = int(np.prod(shape))
     with np.errstate(over="ignore"):
-        stream = _mix(_mix(np.uint64(seed & int(_MASK))) + np.uint64(step))
-        per_row = _mix(stream + rows.astype(np.uint64))
-        bits = _mix(per_row[:, None] + np.arange(1, count + 1, dtype=np.uint64)[None, :])
+        bits = _mix(_streams(seed, step, rows)[:, None] + np.arange(1, count + 1, dtype=np.uint64)[None, :])
     return ((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(len(rows), *shape)
+
+
+def counter_streams(seed: int, step: int, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    """One random stream int64 [B] per row, from (seed, step, row) alone; see `sample_distinct`."""
+    return _streams(seed, step, rows).view(np.int64)
+
+
+def _streams(seed: int, step: int, rows: NDArray[np.integer]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        stream = _mix(_mix(np.uint64(seed & int(_MASK))) + np.uint64(step))
+        return _mix(stream + rows.astype(np.uint64))
 
 
 def _mix(values: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:

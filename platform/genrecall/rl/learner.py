@@ -3,7 +3,7 @@
 Source: EG-GRPO (arXiv:2605.14434, section 3.4); the terms are in `policy_loss.py` and `advantage.py`. A group is scored packed, behind
 one copy of its prompt. KL and entropy come from the same pass, over the support that the rollouts were sampled from.
 
-Shapes: B requests, G answers per request, T anchors per request (0 or 1), A1..A3 alphabet sizes.
+Shapes: B requests, G answers per request, T anchors per request (0 without an anchor), A1..A3 alphabet sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder, Prompts
 from genrecall.rl.advantage import group_advantages, has_spread
 from genrecall.rl.feedback import CLICKED, TIER_NAMES
-from genrecall.rl.policy_loss import clipped_objective, entropy, exact_kl, mean_over_samples, ratio_one_for, sft_anchor
+from genrecall.rl.policy_loss import answer_entropy, clipped_objective, entropy, exact_kl, mean_over_samples, open_groups, ratio_one_for, sft_anchor
 from genrecall.rl.reward import Rewards
 from genrecall.rl.rollout import Rollout
 from genrecall.sid.semantic_id import SidTable
@@ -38,22 +38,39 @@ class ObjectiveConfig:
 
     clip_low: float = 0.2
     clip_high: float = 0.2
+    policy_weight: float = 1.0  # of the clipped objective; 0 with an anchor and no KL is plain supervised training on logged SIDs
     kl_weight: float = 1.0
     sft_anchor_weight: float = 0.0
+    sft_anchors: int = 1  # different logged SIDs per request for the anchor, as far as a request has so many
     advantage_epsilon: float = 1e-6
     expert_weight: float = 1.0  # of an expert's term in the loss
     expert_decay_steps: int = 0  # the weight falls linearly to 0 over so many steps; 0 keeps it
     expert_ratio: Literal["policy", "one"] = "policy"  # "one" is an ablation: experts as if the rollout policy had just produced them
+    gate_min_entropy: float = 0.0  # nats per answer; groups of a policy surer than this take no part in the clipped objective
+    gate_min_spread: float = 0.0  # highest less lowest reward of a group; groups below take no part either. Both 0: no gate
 
     def problems(self) -> list[str]:
         found = [f"{name}: expected between 0 and 1, got {getattr(self, name)}" for name in ("clip_low",) if not 0 < getattr(self, name) < 1]
         found += [f"{name}: expected above 0, got {getattr(self, name)}" for name in ("clip_high", "advantage_epsilon") if getattr(self, name) <= 0]
         found += [
             f"{name}: expected at least 0, got {getattr(self, name)}"
-            for name in ("kl_weight", "sft_anchor_weight", "expert_weight", "expert_decay_steps")
+            for name in ("policy_weight", "kl_weight", "sft_anchor_weight", "expert_weight", "expert_decay_steps", "gate_min_entropy", "gate_min_spread")
             if getattr(self, name) < 0
         ]
+        if self.sft_anchors < 1:
+            found.append(f"sft_anchors: expected at least 1, got {self.sft_anchors}")
+        elif self.sft_anchors > 1 and not self.sft_anchor_weight:
+            found.append(f"sft_anchors: {self.sft_anchors} have no effect without sft_anchor_weight; set it above 0 or leave sft_anchors out")
+        if not (self.policy_weight or self.kl_weight or self.sft_anchor_weight):
+            found.append("policy_weight, kl_weight, sft_anchor_weight: all are 0, so nothing is trained; set one of them above 0")
+        if self.gated and not self.policy_weight:
+            found.append("gate_min_entropy, gate_min_spread: have no effect with policy_weight 0; leave them at 0")
         return found
+
+    @property
+    def gated(self) -> bool:
+        """Whether some groups may be kept out of the clipped objective."""
+        return self.gate_min_entropy > 0 or self.gate_min_spread > 0
 
 
 def alignment_loss(
@@ -77,7 +94,8 @@ def alignment_loss(
 
     Args:
         token_ids, lengths, soft: the prompts, see `Prompts`.
-        answers: int64 [B, G + T, 3]: the group, then the anchor where there is one.
+        answers: int64 [B, G + T, 3]: the group, then the anchors where there are any. An answer of -1 is missing: it has no reward and no part in
+            KL and entropy.
         old_log_probs: [B, G, 3]. rewards: [B, G]; not finite = no reward. experts: bool [B, G].
         reference_levels: the reference's log-probabilities [B, 1, A1], [B, G, A2], [B, G, A3] at the same prefixes.
         expert_weight: scalar tensor.
@@ -85,38 +103,43 @@ def alignment_loss(
         support, trie: as in the rollouts.
 
     Returns:
-        scalar loss; {"policy_loss", "kl", "kl_1".., "entropy_1".., "clip_fraction", "expert_loss", "ratio", "anchor_loss"} as scalars.
+        scalar loss; {"policy_loss", "kl", "kl_1".., "entropy_1".., "clip_fraction", "expert_loss", "ratio", "anchor_loss", "gate_open"} as
+        scalars, the last two where there are anchors and a gate. A closed group keeps its place in the mean (its term is 0) and its KL.
     """
     group = rewards.shape[1]
     scored = group_log_probs(model, Prompts(token_ids, lengths, soft), answers, support=support, trie=trie, return_level_log_probs=True)
     log_probs = scored.log_probs[:, :group]
     levels = [level if level.shape[1] == 1 else level[:, :group] for level in scored.levels]
+    missing = answers[:, :group, 0] < 0
+    rewards = rewards.masked_fill(missing, torch.nan)
+    foreign = experts | missing
     old = ratio_one_for(experts, log_probs, old_log_probs) if objective.expert_ratio == "one" else old_log_probs
     advantages = group_advantages(rewards, epsilon=objective.advantage_epsilon)
-    clipped = clipped_objective(
-        log_probs,
-        old,
-        advantages,
-        clip_low=objective.clip_low,
-        clip_high=objective.clip_high,
-        weights=torch.where(experts, expert_weight.to(log_probs.dtype), torch.ones_like(advantages)),
-    )
+    entropies = torch.stack([entropy(level.detach()).expand(-1, group) for level in levels], dim=-1)
+    weights = torch.where(experts, expert_weight.to(log_probs.dtype), torch.ones_like(advantages))
+    parts: dict[str, Tensor] = {}
+    if objective.gated:
+        open_ = open_groups(answer_entropy(entropies, foreign), rewards, min_entropy=objective.gate_min_entropy, min_spread=objective.gate_min_spread)
+        weights = weights * open_[:, None]
+        parts["gate_open"] = open_.float().mean()
+    clipped = clipped_objective(log_probs, old, advantages, clip_low=objective.clip_low, clip_high=objective.clip_high, weights=weights)
     by_level = [exact_kl(level, reference).expand(-1, group) for level, reference in zip(levels, reference_levels, strict=True)]
-    kl = mean_over_samples(torch.stack(by_level, dim=-1), experts)
-    loss = clipped.loss + objective.kl_weight * kl
-    parts = {
+    kl = mean_over_samples(torch.stack(by_level, dim=-1), foreign)
+    terms = [(objective.policy_weight, clipped.loss), (objective.kl_weight, kl)]
+    parts |= {
         "policy_loss": clipped.loss,
         "kl": kl,
         "clip_fraction": clipped.clipped.float().mean(),
         "ratio": clipped.ratio.mean(),
         "expert_loss": mean_over_samples(clipped.per_answer, ~experts),
-        **{f"kl_{number}": mean_over_samples(value, experts) for number, value in zip(LEVELS, by_level, strict=True)},
-        **{f"entropy_{number}": mean_over_samples(entropy(level.detach()).expand(-1, group), experts) for number, level in zip(LEVELS, levels, strict=True)},
+        **{f"kl_{number}": mean_over_samples(value, foreign) for number, value in zip(LEVELS, by_level, strict=True)},
+        **{f"entropy_{number}": mean_over_samples(entropies[..., place], foreign) for place, number in enumerate(LEVELS)},
     }
     if anchor_present is not None:
         anchor = sft_anchor(scored.log_probs[:, group:], anchor_present)
-        loss = loss + objective.sft_anchor_weight * anchor
+        terms.append((objective.sft_anchor_weight, anchor))
         parts["anchor_loss"] = anchor
+    loss = torch.stack([weight * term for weight, term in terms if weight]).sum()  # a term of weight 0 is left out: 0 times infinity is no number
     return loss, {name: value.detach() for name, value in parts.items()}
 
 
@@ -156,24 +179,28 @@ def frequent_queries(queries: list[str]) -> NDArray[np.bool_]:
 
 
 def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) -> dict[str, float]:
-    """What a step's rollouts say about the policy; shares are of its own samples, experts left out.
+    """What a step's rollouts say about the policy; shares are of its own samples, experts and missing places left out.
 
     Args:
         head: bool [B], whether each request asks a head query.
     """
-    own = ~rollout.experts
+    there = ~rollout.missing
+    own = ~rollout.experts & there
     count = max(1, int(own.sum()))
-    finite = np.isfinite(rewards.values)
+    finite = np.isfinite(rewards.values) & there
     tiers = np.bincount(rewards.tiers[own], minlength=len(TIER_NAMES)) / count
     hits = own & (rewards.tiers >= CLICKED)
-    values = torch.tensor(rewards.values, dtype=torch.float32)
+    values = torch.tensor(np.where(there, rewards.values, np.nan), dtype=torch.float32)
     return {
         "reward": float(np.where(finite, rewards.values, 0.0)[own].sum() / count),
-        "group_reward": float(np.where(finite, rewards.values, 0.0).mean()),
+        "group_reward": float(np.where(finite, rewards.values, 0.0).sum() / max(1, there.sum())),
         "valid_rate": float((rollout.sid_rows[own] >= 0).mean()) if own.any() else 0.0,
         "unique_sids": float(np.mean([len({*row.tolist()} - {-1}) for row in rollout.sid_rows])),
         "zero_spread": float((~has_spread(values)).float().mean()),
-        "unusable_rewards": float((~finite).mean()),
+        "empty_groups": float((~finite.any(axis=1)).mean()),
+        "unusable_rewards": float((~finite & there).sum() / max(1, there.sum())),
+        "missing_answers": float((~there).mean()),
+        "failed_ranker_calls": float(rewards.failed_calls),
         "expert_share": float(rollout.experts.mean()),
         "stale_experts": float(rollout.stale_experts),
         "hit_rate": float(hits.sum() / count),

@@ -1,4 +1,4 @@
-"""The terms of the EG-GRPO objective: clipped ratio, exact KL to the reference, entropy, SFT anchor, expert weights.
+"""The terms of the EG-GRPO objective: clipped ratio, exact KL to the reference, entropy, SFT anchor, expert weights, gate.
 
 Source: the clipped objective is PPO's (arXiv:1707.06347, equation 7) per token as in GRPO (arXiv:2402.03300, equation 3);
 experts in the group follow EG-GRPO (arXiv:2605.14434, section 3.4). Deviations: the KL is the exact sum over a level's
@@ -107,3 +107,33 @@ def sft_anchor(log_probs: Tensor, present: Tensor) -> Tensor:
         scalar; 0 when no answer is present.
     """
     return -mean_over_samples(log_probs, ~present)
+
+
+def open_groups(entropy: Tensor, rewards: Tensor, *, min_entropy: float, min_spread: float) -> Tensor:
+    """The gate: which groups the clipped objective learns from, those where the policy is uncertain and the reward tells answers apart.
+
+    Args:
+        entropy: [B] nats of the policy's answers to each request, see `answer_entropy`.
+        rewards: [B, G]; those that are not finite are left out.
+        min_entropy: nats; 0 lets every group pass.
+        min_spread: highest minus lowest reward of the group; 0 lets every group pass, also one without a reward.
+
+    Returns:
+        bool [B].
+    """
+    usable = torch.isfinite(rewards)
+    highest = rewards.masked_fill(~usable, -torch.inf).amax(dim=1)
+    lowest = rewards.masked_fill(~usable, torch.inf).amin(dim=1)
+    spread = torch.where(usable.any(dim=1), highest - lowest, torch.zeros_like(highest))
+    return (entropy >= min_entropy) & (spread >= min_spread)
+
+
+def answer_entropy(by_level: Tensor, left_out: Tensor) -> Tensor:
+    """Entropy [B] in nats of a policy's whole answers, estimated as the sum over levels of the mean entropy at the prefixes that it sampled.
+
+    Args:
+        by_level: [B, G, L] entropy of each level's codes after each answer's prefix.
+        left_out: bool [B, G], answers that are not the policy's own; a request without any other has entropy 0.
+    """
+    own = (~left_out).to(by_level.dtype)[..., None]
+    return ((by_level * own).sum(dim=1) / own.sum(dim=1).clamp(min=1.0)).sum(dim=-1)

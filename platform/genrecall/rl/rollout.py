@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from genrecall.config import from_dict
 from genrecall.device import default_device
-from genrecall.generator.decoding import group_log_probs, sample_group
-from genrecall.generator.model import Decoder, Prompts
-from genrecall.rl.experts import counter_uniforms, seat_experts
+from genrecall.generator.decoding import GroupSamples, group_log_probs, sample_group
+from genrecall.generator.distinct_samples import sample_distinct
+from genrecall.generator.model import Decoder, Prompts, PromptState
+from genrecall.rl.experts import counter_streams, counter_uniforms, seat_experts
 from genrecall.sid.index import load_trie
 from genrecall.sid.trie import Trie
 from genrecall.storage import open_artifact
@@ -37,6 +38,7 @@ class RolloutConfig:
     group_size: int
     num_experts: int
     support: Literal["level", "trie"]
+    distinct: bool = False  # samples without replacement in place of independent ones
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,16 @@ class Rollout:
 
     version: int  # of the weights that made them
     request_rows: NDArray[np.int64]  # [b]
-    tokens: NDArray[np.int32]  # [b, G, 3]
+    tokens: NDArray[np.int32]  # [b, G, 3]; -1 where distinct answers have run out
     sid_rows: NDArray[np.int32]  # [b, G]; -1 where the answer is no SID
     log_probs: NDArray[np.float32]  # [b, G, 3], of the weights that made them
     experts: NDArray[np.bool_]  # [b, G]
     stale_experts: int  # possible experts that the trie does not hold, left out
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """Places [b, G] without an answer: there are fewer different ones than places."""
+        return self.tokens[..., 0] < 0
 
     @classmethod
     def joined(cls, parts: Sequence[Rollout]) -> Rollout:
@@ -120,9 +127,8 @@ class RolloutWorker:
         """Sample groups, seat experts and work out the experts' log-probabilities."""
         config, device = self._config, self._model.device
         prompts = task.prompts(device)
-        uniforms = torch.from_numpy(counter_uniforms(config.seed, task.step, task.request_rows, config.group_size, 3)).to(device)
         state = self._model.prefill(prompts)  # read once, for samples and experts
-        samples = sample_group(self._model, prompts, self._trie, group_size=config.group_size, support=config.support, uniforms=uniforms, state=state)
+        samples = self._samples(task, prompts, state)
         sampled_rows = samples.sid_rows.cpu().numpy().astype(np.int32)
 
         known = (task.expert_sids >= 0) & (task.expert_sids < len(self._trie))
@@ -157,6 +163,14 @@ class RolloutWorker:
             experts=experts,
             stale_experts=int((~known).sum()),
         )
+
+    def _samples(self, task: RolloutTask, prompts: Prompts, state: PromptState) -> GroupSamples:
+        config, device = self._config, self._model.device
+        if config.distinct:
+            streams = torch.from_numpy(counter_streams(config.seed, task.step, task.request_rows)).to(device)
+            return sample_distinct(self._model, prompts, self._trie, group_size=config.group_size, streams=streams, support=config.support, state=state)
+        uniforms = torch.from_numpy(counter_uniforms(config.seed, task.step, task.request_rows, config.group_size, 3)).to(device)
+        return sample_group(self._model, prompts, self._trie, group_size=config.group_size, support=config.support, uniforms=uniforms, state=state)
 
 
 class RolloutActor:

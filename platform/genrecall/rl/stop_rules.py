@@ -66,6 +66,16 @@ class StopRules:
                 return f"{rule}: {metric} was {value:.4g}, {relation} its bound {limit:.4g}, for {self.breaches[rule]} steps in a row"
         return None
 
+    def limits(self) -> dict[str, tuple[str, float]]:
+        """The bound of each watched metric, "least" or "most" with its value; those relative to a baseline from its first step on."""
+        limits = {}
+        for _, metric, bound, kind in self._rules():
+            if kind == "most":
+                limits[metric] = ("most", bound)
+            elif metric in self.baseline:
+                limits[metric] = ("least", bound * self.baseline[metric])
+        return limits if self.config.enabled else {}
+
     @property
     def healthy(self) -> bool:
         """Whether the last step observed broke no rule."""

@@ -187,7 +187,7 @@ def test_other_requests_name_the_cell_to_rerun(tables: ModuleType, tmp_path: Pat
     folders = {f"marketplace {seed} sids": sid_evaluation(tmp_path / str(seed), [1, 0, 1, 0], [1, 1, 1, 0]) for seed in (1, 2)}
     odd = sid_evaluation(tmp_path / "0", [1, 0, 1, 0], [1, 1, 1, 0], ids=("a", "b", "x", "d"))
     with pytest.raises(
-        tables.CollectionError,
+        sys.modules["paired_records"].CollectionError,
         match=r"^`marketplace 0 sids` measured other requests than `marketplace 1 sids`, `marketplace 2 sids`: delete .*/0 and run "
         r"`python benchmarks/quality.py --cell marketplace 0 sids` again$",
     ):
@@ -197,7 +197,7 @@ def test_other_requests_name_the_cell_to_rerun(tables: ModuleType, tmp_path: Pat
 def test_missing_row_names_the_cell_to_rerun(tables: ModuleType, tmp_path: Path) -> None:
     whole = sid_evaluation(tmp_path / "0", [1, 0, 1, 0], [1, 1, 1, 0], rows={"semantic.rqkmeans": {"clk@100": [1, 1, 1, 1]}})
     part = sid_evaluation(tmp_path / "1", [1, 0, 1, 0], [1, 1, 1, 0])
-    with pytest.raises(tables.CollectionError, match="`marketplace 1 sids` has other rows than `marketplace 0 sids`"):
+    with pytest.raises(sys.modules["paired_records"].CollectionError, match="`marketplace 1 sids` has other rows than `marketplace 0 sids`"):
         tables.read_evaluations({"marketplace 0 sids": whole, "marketplace 1 sids": part})
 
 

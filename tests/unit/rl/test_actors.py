@@ -73,3 +73,39 @@ def test_an_actor_that_dies_again_and_again_is_an_error(ray_cluster, tmp_path):
         assert supervisor.result(supervisor.call(actor, lambda handle: handle.work.remote())) == "done"
     finally:
         actor.kill()
+
+
+class SlowToReturn:
+    """An actor that dies in its first call, and takes seconds to start again."""
+
+    def __init__(self, spec) -> None:
+        import time
+        from pathlib import Path
+
+        self.died = Path(spec["died"])
+        if self.died.exists():
+            time.sleep(4.0)
+
+    def work(self, number: int) -> int:
+        import os
+
+        if not self.died.exists():
+            self.died.touch()
+            os._exit(1)
+        return number
+
+
+@pytest.mark.timeout(120)
+def test_an_actor_that_crashes_is_waited_for_and_counted_once_whatever_it_had_under_way(ray_cluster, tmp_path):
+    actor = NamedActor(SlowToReturn, {"died": str(tmp_path / "died")}, name=f"test-{uuid.uuid4().hex[:8]}", namespace="genrecall-test", cpus=0.1)
+    supervisor = Supervisor(timeout_s=60.0)
+
+    def work(number):
+        return lambda handle: handle.work.remote(number)
+
+    try:
+        calls = [supervisor.call(actor, work(number)) for number in range(3)]
+        assert [supervisor.result(call) for call in calls] == [0, 1, 2]
+        assert supervisor.replaced == 1
+    finally:
+        actor.kill()

@@ -50,3 +50,16 @@ def test_impossible_settings_are_listed_together():
 def test_setting_without_effect_is_an_error():
     with pytest.raises(ConfigError, match="expert_decay_steps: has no effect without experts"):
         from_dict(AlignConfig, {"num_experts": 0, "objective": {"expert_decay_steps": 10}})
+    with pytest.raises(ConfigError, match=r"num_experts: 2 have no effect with objective\.policy_weight=0; set num_experts=0"):
+        from_dict(AlignConfig, {"objective": {"policy_weight": 0.0}})
+
+
+def test_a_ranker_is_given_up_before_its_actor_is_replaced():
+    with pytest.raises(ConfigError, match=r"reward\.timeout_s: expected less than actor_timeout_s \(30\), or the reward actor is replaced"):
+        from_dict(AlignConfig, {"actor_timeout_s": 30.0, "reward": {"mode": "ranker"}})
+    from_dict(AlignConfig, {"actor_timeout_s": 30.0})  # logged feedback asks no ranker
+
+
+def test_plain_supervised_training_is_a_setting_of_the_objective():
+    supervised = {"policy_weight": 0.0, "kl_weight": 0.0, "sft_anchor_weight": 1.0, "sft_anchors": 8}
+    assert from_dict(AlignConfig, {"num_experts": 0, "objective": supervised}).problems() == []

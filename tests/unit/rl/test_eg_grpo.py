@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 
 from genrecall.generator.guidance import Lexicon
+from genrecall.ranking.ranker import RankerError
 from genrecall.rl import eg_grpo
 from genrecall.rl.align_config import AlignConfig, AlignError
 from genrecall.rl.eg_grpo import align_generator
+from genrecall.rl.learner import ObjectiveConfig
 from genrecall.rl.reward import RewardConfig
 from genrecall.rl.rollout import weights_of
 from genrecall.train_worker import TrainSettings
@@ -33,12 +37,47 @@ def test_ranker_reward_without_ranker_is_refused_before_ray_starts(toy_artifacts
         )
 
 
+class Pickled(mlflow.pyfunc.PythonModel):
+    def predict(self, context, model_input, params=None):
+        return [0.0] * len(model_input)
+
+
+def test_pickled_ranker_of_the_registry_is_refused_before_ray_starts(registry, toy_artifacts, tmp_path):
+    with mlflow.start_run():
+        mlflow.pyfunc.log_model(name="ranker", python_model=Pickled(), registered_model_name="ours", pip_requirements=[])
+    registry.set_registered_model_alias("ours", "champion", 1)
+    anything = toy_artifacts["generator"]
+    reward = RewardConfig(mode="ranker", ranker_uri="models:/ours@champion", trust_pyfunc=True)
+    with pytest.raises(RankerError, match=r"models:/ours/1: its model is pickled .* set reward\.trust_pickles=true"):
+        align_generator(
+            AlignConfig(reward=reward),
+            dataset=anything,
+            encoder=anything,
+            sid_index=anything,
+            generator=anything,
+            ranker=None,
+            uri=str(tmp_path / "aligned"),
+            train=TrainSettings(tracking_uri=mlflow.get_tracking_uri()),
+        )
+    trusted = dataclasses.replace(reward, trust_pickles=True)
+    pinned = eg_grpo._with_pinned_ranker(AlignConfig(reward=trusted), TrainSettings(tracking_uri=mlflow.get_tracking_uri()))
+    assert pinned.reward.ranker_uri == "models:/ours/1"
+
+
 def test_anchors_are_logged_sids_drawn_by_tier(toy):
     tokens, present = eg_grpo._anchors(AlignConfig(expert_draw=(1.0, 1.0, 0.0)), toy.feedback, toy.sid_tokens, 0, np.array([3, 0]))
     assert present.tolist() == [[True], [True]]
     assert tokens[:, 0].tolist() == toy.sid_tokens[[6, 0]].tolist()  # the clicked ones; exposed ones have no weight
     _, absent = eg_grpo._anchors(AlignConfig(expert_draw=(1.0, 0.0, 0.0)), toy.feedback, toy.sid_tokens, 0, np.array([3]))
     assert absent.tolist() == [[False]]
+
+
+def test_several_anchors_are_different_logged_sids_and_missing_ones_are_marked(toy):
+    config = AlignConfig(expert_draw=(1.0, 1.0, 1.0), objective=ObjectiveConfig(sft_anchor_weight=1.0, sft_anchors=3))
+    tokens, present = eg_grpo._anchors(config, toy.feedback, toy.sid_tokens, 0, np.array([3, 0]))
+    assert present.tolist() == [[True, True, False]] * 2  # each request has two SIDs with feedback
+    for row, request in enumerate([3, 0]):
+        assert sorted(tokens[row, :2].tolist()) == sorted(toy.sid_tokens[[2 * request, 2 * request + 1]].tolist())
 
 
 def test_anchors_are_the_same_whichever_rank_draws_them(toy):

@@ -146,6 +146,64 @@ def test_anchor_is_supervised_and_leaves_the_group_alone(toy, group):
     assert parts["policy_loss"].item() == pytest.approx(before["policy_loss"].item(), abs=1e-6)
 
 
+def test_without_policy_and_kl_the_gradient_is_that_of_supervised_training(any_toy):
+    toy = any_toy
+    tokens, old, rewards, experts = group_of(toy)
+    logged = torch.from_numpy(toy.sid_tokens.astype(np.int64)).reshape(6, 2, 3)  # both SIDs of each request
+    loss, parts = loss_of(
+        toy, tokens, old - 100.0, rewards, experts, anchors=logged, policy_weight=0.0, kl_weight=0.0, sft_anchor_weight=1.0
+    )  # ratios overflow, and must not matter
+    assert not torch.isfinite(parts["policy_loss"])
+    loss.backward()
+    got = {name: parameter.grad.clone() for name, parameter in toy.model.named_parameters()}
+    toy.model.zero_grad()
+    plain = -group_log_probs(toy.model, toy.prompts(range(6)), logged, support=toy.support, trie=toy.trie if toy.support == "trie" else None).mean()
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for name, parameter in toy.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_policy_weight_scales_the_clipped_objective_alone(toy, group):
+    tokens, old, rewards, experts = group
+    other = Decoder(toy.model.config, seed=9).eval()
+    loss, parts = loss_of(toy, tokens, old, rewards, experts, reference=other, policy_weight=0.25, kl_weight=2.0)
+    assert loss.item() == pytest.approx(0.25 * parts["policy_loss"].item() + 2.0 * parts["kl"].item(), rel=1e-6)
+
+
+def test_closed_groups_keep_their_kl_and_lose_their_share_of_the_policy_loss(any_toy):
+    toy = any_toy
+    tokens, old, rewards, experts = group_of(toy)
+    rewards[:3] = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.5])  # a spread of 0.4
+    rewards[3:] = torch.tensor([0.1, 1.0, 0.1, 0.1, 0.1])
+    other = Decoder(toy.model.config, seed=9).eval()
+    _, before = loss_of(toy, tokens, old + 0.05, rewards, experts, reference=other)
+    gated, parts = loss_of(toy, tokens, old + 0.05, rewards, experts, reference=other, gate_min_spread=0.5)
+    assert "gate_open" not in before
+    assert parts["gate_open"].item() == 0.5
+    assert parts["kl"].item() == pytest.approx(before["kl"].item(), rel=1e-6)
+    alone = -(group_advantages(rewards)[3:] * np.exp(-0.05)).sum().item() / rewards.numel()  # all ratios are e^-0.05, inside the clip
+    assert (gated - parts["kl"]).item() == pytest.approx(alone, abs=1e-5)
+    assert parts["entropy_1"].item() == pytest.approx(before["entropy_1"].item())
+    shut, parts = loss_of(toy, tokens, old, rewards, experts, gate_min_entropy=1e6)
+    assert (parts["gate_open"].item(), shut.item()) == (0.0, pytest.approx(0.0, abs=1e-6))
+
+
+def test_missing_answers_have_no_reward_and_no_part_in_kl_and_entropy(any_toy):
+    toy = any_toy
+    tokens, old, rewards, experts = group_of(toy)
+    other = Decoder(toy.model.config, seed=9).eval()
+    _, parts = loss_of(toy, tokens[:, 1:], old[:, 1:], rewards[:, 1:], experts[:, 1:], reference=other)
+    missing, old = tokens.clone(), old.clone()
+    missing[:, 0], old[:, 0] = -1, 0.0
+    loss, with_missing = loss_of(toy, missing, old, rewards, experts, reference=other)
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in toy.model.parameters())
+    for name in ("kl", "kl_1", "kl_3", "entropy_1", "entropy_2", "expert_loss"):
+        assert with_missing[name].item() == pytest.approx(parts[name].item(), abs=1e-6), name
+    assert with_missing["policy_loss"].item() == pytest.approx(parts["policy_loss"].item() * 4 / 5, abs=1e-6)
+
+
 def train(toy, *, num_experts, steps=60, requests=(0, 1, 2, 3, 4, 5), learning_rate=3e-3):
     """EG-GRPO in plain torch; returns p(clicked SID) per request before and after, and the mean reward of the samples in each step."""
     policy = Decoder(toy.model.config, seed=1)
@@ -247,6 +305,39 @@ def test_health_of_a_step_by_hand():
     assert [health[f"tier_{name}"] for name in ("invalid", "valid", "exposed", "clicked", "purchased")] == pytest.approx([0.2, 0.2, 0.4, 0.2, 0.0])
 
 
+def test_health_leaves_missing_places_out_and_counts_groups_without_a_reward():
+    rollout = Rollout(
+        version=0,
+        request_rows=np.array([0, 1, 2]),
+        tokens=np.array([[[0, 0, 0], [0, 0, 1], [-1, -1, -1]]] * 3, dtype=np.int32),
+        sid_rows=np.array([[0, 1, -1]] * 3, dtype=np.int32),
+        log_probs=np.zeros((3, 3, 3), dtype=np.float32),
+        experts=np.zeros((3, 3), dtype=bool),
+        stale_experts=0,
+    )
+    values = np.array([[1.0, 0.5, 0.0], [np.nan, np.nan, 0.0], [0.5, 0.5, 0.0]], dtype=np.float32)
+    health = rollout_health(rollout, Rewards(values, np.array([[CLICKED, EXPOSED, INVALID]] * 3, dtype=np.int8)), np.ones(3, dtype=bool))
+    assert health["valid_rate"] == 1.0
+    assert [health["reward"], health["group_reward"]] == pytest.approx([(1.0 + 0.5 + 0.5 + 0.5) / 6] * 2)
+    assert health["missing_answers"] == pytest.approx(1 / 3)
+    assert health["empty_groups"] == pytest.approx(1 / 3)
+    assert health["unusable_rewards"] == pytest.approx(2 / 6)
+    assert health["zero_spread"] == pytest.approx(2 / 3)
+    assert health["tier_invalid"] == 0.0
+
+
 def test_impossible_objectives_are_listed_together():
     with pytest.raises(ConfigError, match=r"(?s)clip_low: expected between 0 and 1, got 1.5.*clip_high: expected above 0.*kl_weight: expected at least 0"):
         from_dict(ObjectiveConfig, {"clip_low": 1.5, "clip_high": 0.0, "kl_weight": -1.0})
+
+
+def test_objective_without_any_weight_or_effect_is_refused():
+    with pytest.raises(ConfigError, match="policy_weight, kl_weight, sft_anchor_weight: all are 0, so nothing is trained"):
+        from_dict(ObjectiveConfig, {"policy_weight": 0.0, "kl_weight": 0.0})
+    with pytest.raises(ConfigError, match="sft_anchors: 3 have no effect without sft_anchor_weight"):
+        from_dict(ObjectiveConfig, {"sft_anchors": 3})
+    with pytest.raises(ConfigError, match=r"(?s)policy_weight: expected at least 0, got -1.*sft_anchors: expected at least 1, got 0"):
+        from_dict(ObjectiveConfig, {"policy_weight": -1.0, "sft_anchors": 0})
+    with pytest.raises(ConfigError, match="gate_min_entropy, gate_min_spread: have no effect with policy_weight 0"):
+        from_dict(ObjectiveConfig, {"policy_weight": 0.0, "gate_min_spread": 0.1})
+    from_dict(ObjectiveConfig, {"policy_weight": 0.0, "kl_weight": 0.0, "sft_anchor_weight": 1.0, "sft_anchors": 8})

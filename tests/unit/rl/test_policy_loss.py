@@ -115,3 +115,20 @@ def test_anchor_is_the_mean_negative_log_probability_of_present_answers():
     log_probs = torch.tensor([[[-1.0, -2.0, -3.0]], [[-9.0, -9.0, -9.0]]])
     assert policy_loss.sft_anchor(log_probs, torch.tensor([[True], [False]])).item() == pytest.approx(2.0)
     assert policy_loss.sft_anchor(log_probs, torch.tensor([[False], [False]])).item() == 0.0
+
+
+def test_gate_opens_where_the_policy_is_uncertain_and_the_reward_tells_answers_apart():
+    # Spreads: 0.9, 0.4, 0.9, 0.4 without the nan, none with one reward, none without any.
+    nan = math.nan
+    rewards = torch.tensor([[0.1, 1.0, 0.5], [0.1, 0.5, 0.1], [0.1, 1.0, 0.1], [nan, 0.1, 0.5], [nan, nan, 1.0], [nan, nan, nan]])
+    entropy = torch.tensor([2.0, 2.0, 0.5, 2.0, 2.0, 2.0])
+    gate = policy_loss.open_groups(entropy, rewards, min_entropy=1.0, min_spread=0.5)
+    assert gate.tolist() == [True, False, False, False, False, False]
+    assert policy_loss.open_groups(entropy, rewards, min_entropy=0.0, min_spread=0.3).tolist() == [True, True, True, True, False, False]
+    assert policy_loss.open_groups(entropy, rewards, min_entropy=0.0, min_spread=0.0).all()
+
+
+def test_entropy_of_answers_adds_the_levels_up_over_own_samples():
+    by_level = torch.tensor([[[1.0, 0.5, 0.25], [1.0, 1.5, 0.75], [1.0, 9.0, 9.0]], [[1.0, 1.0, 1.0]] * 3])
+    left_out = torch.tensor([[False, False, True], [True, True, True]])
+    assert policy_loss.answer_entropy(by_level, left_out).tolist() == pytest.approx([1.0 + 1.0 + 0.5, 0.0])

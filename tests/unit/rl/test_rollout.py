@@ -74,6 +74,40 @@ def test_request_without_feedback_gets_samples_only(toy):
     assert np.array_equal(rollout.tokens, plain.tokens)
 
 
+def distinct_worker(toy, support, **settings) -> RolloutWorker:
+    return RolloutWorker(toy.model, toy.trie, RolloutConfig(seed=5, support=support, distinct=True, **settings))
+
+
+@pytest.mark.parametrize("group_size", [6, 11])
+def test_distinct_samples_and_experts_hold_no_sid_twice(world, group_size):
+    toy, support = world
+    seen = 0
+    for step in range(12):
+        rollout = distinct_worker(toy, support, group_size=group_size, num_experts=2).sample(toy.task(range(6), step=step))
+        numbers = (rollout.tokens @ np.array([16, 4, 1])).tolist()
+        assert all(len(set(row)) == group_size for row in numbers)
+        seen += int(rollout.experts.sum())
+        again = group_log_probs(
+            toy.model, toy.prompts(range(6)), torch.from_numpy(rollout.tokens).long(), support=support, trie=toy.trie if support == "trie" else None
+        )
+        np.testing.assert_allclose(rollout.log_probs, again.detach().numpy(), atol=1e-5)
+        assert np.array_equal(rollout.sid_rows, toy.trie.find(torch.from_numpy(rollout.tokens)).numpy())
+        for row in range(6):
+            assert set(rollout.sid_rows[row][rollout.experts[row]].tolist()) <= {2 * row, 2 * row + 1}
+    assert seen > 0
+
+
+def test_distinct_samples_are_the_same_in_any_company_and_end_where_the_trie_does(toy):
+    worker = distinct_worker(toy, "trie", group_size=14, num_experts=1)
+    together, alone = worker.sample(toy.task([4, 1, 3])), worker.sample(toy.task([1]))
+    assert np.array_equal(together.tokens[1], alone.tokens[0])
+    assert not np.array_equal(worker.sample(toy.task([1], step=1)).tokens, alone.tokens)
+    assert together.missing.sum(axis=1).tolist() == [2, 2, 2]  # 14 places, 12 SIDs
+    for row in together.sid_rows:
+        assert sorted(row.tolist()) == [-1, -1, *range(12)]
+    assert (together.log_probs[together.missing] == 0).all()
+
+
 def test_weights_travel_and_change_the_samples(toy):
     worker = worker_of(toy)
     before = worker.sample(toy.task(range(6)))

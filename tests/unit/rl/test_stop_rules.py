@@ -87,3 +87,13 @@ def test_state_survives_json():
 def test_impossible_bounds_are_listed_together():
     with pytest.raises(ConfigError, match=r"(?s)patience: expected at least 1, got 0.*min_reward: expected a share between 0 and 1, got 2.*max_kl"):
         from_dict(StopConfig, {"patience": 0, "min_reward": 2.0, "max_kl": 0.0})
+
+
+def test_limits_are_those_that_the_rules_compare_with():
+    limits = fresh().limits()
+    assert limits["kl"] == ("most", 1.0)
+    assert limits["reward"] == ("least", pytest.approx(0.5 * 0.4))
+    assert limits["entropy_3"] == ("least", pytest.approx(0.25 * 1.0))
+    assert set(limits) == set(HEALTHY)
+    assert fresh(enabled=False).limits() == {}
+    assert set(StopRules(StopConfig()).limits()) == {"kl", "unusable_rewards"}  # no baseline yet
