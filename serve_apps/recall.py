@@ -11,4 +11,9 @@ from genrecall.serving.deployments import RecallDeployment, RecallSettings
 
 def app(args: RecallSettings) -> Application:
     """Build the application from the `args` of the configuration file."""
-    return RecallDeployment.bind(args.model_dump(), args.tracking_uri or places().tracking_uri)
+    tracking_uri, catalogues = args.tracking_uri, args.catalogue_folder
+    if tracking_uri is None or catalogues is None:
+        where = places()
+        tracking_uri = tracking_uri or where.tracking_uri
+        catalogues = catalogues or (None if "://" in where.home else f"{where.home}/catalogue")
+    return RecallDeployment.bind(args.model_dump(), tracking_uri, catalogues)

@@ -79,7 +79,14 @@ def server(ray_cluster: None, untrained_line: Any, tmp_path_factory: pytest.Temp
     keys_file.write_text(KEY)
     port = free_port()
     settings = RecallSettings(
-        model="models:/shop@champion", tracking_uri=uri, follow_s=FOLLOW_S, beam_sizes=(5, 4, 3), api_keys_file=str(keys_file), max_waiting=8
+        model="models:/shop@champion",
+        tracking_uri=uri,
+        follow_s=FOLLOW_S,
+        beam_sizes=(5, 4, 3),
+        api_keys_file=str(keys_file),
+        max_waiting=8,
+        cache_entries=100,
+        catalogue_folder=str(home / "catalogue"),
     )
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(app(settings), name="recall", route_prefix="/")
@@ -96,6 +103,32 @@ def test_a_query_is_answered_with_items_sids_scores_and_versions(server):
     assert answer["items"][0]["score"] < 0
     assert answer["beam_size"] == 5
     assert answer["versions"]["model"] == "shop/1"
+
+
+def test_a_request_that_comes_again_is_answered_from_the_cache_and_alike(server):
+    first, again = (server.call("/v1/recall", {"query": query, "limit": 7})[1] for query in ("deck screw", " Deck  SCREW"))
+    assert (first["timings"]["cached"], again["timings"]["cached"]) == (False, True)
+    assert again["items"] == first["items"]
+
+
+def test_a_batch_larger_than_the_queue_is_answered_in_order_by_one_version(server):
+    queries = [f"{thing} {number}" for thing in ("hose", "lamp") for number in range(20)]
+    status, answer = server.call("/v1/recall/batch", {"requests": [{"query": query, "limit": 3, "beam_size": 5} for query in queries]})
+    assert (status, len(answer["answers"])) == (200, 40)
+    assert {one["versions"]["bundle"] for one in answer["answers"]} == {server.call("/v1/model")[1]["versions"]["bundle"]}
+    for number in (0, 17, 39):
+        alone = server.call("/v1/recall", {"query": queries[number], "limit": 3, "beam_size": 5})[1]
+        assert [item["item_id"] for item in answer["answers"][number]["items"]] == [item["item_id"] for item in alone["items"]]
+
+
+def test_a_loaded_replica_is_ready(server):
+    assert server.call("/readyz", key="") == (200, {"status": "ready", "model": "shop/1"})
+
+
+def test_an_explained_answer_has_labels(server):
+    answer = server.call("/v1/recall", {"query": "garden hose", "explain": True})[1]
+    assert all(sid["label"] and len(sid["path"]) == 3 for sid in answer["sids"])
+    assert all(len(item["explanation"]["path"]) == 3 for item in answer["items"])
 
 
 def test_bad_input_is_refused_and_the_field_named(server):

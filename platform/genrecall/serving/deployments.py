@@ -7,11 +7,13 @@ another, and a verified other bundle replaces the present one between two batche
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,18 +23,23 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from genrecall.registry.catalogue_log import CatalogueLogError, ItemRecord
 from genrecall.registry.versions import is_address
+from genrecall.serving.answer_cache import AnswerCache, key_of
 from genrecall.serving.api import OverloadedError, create_app
 from genrecall.serving.api_keys import KEYS_VARIABLE, ApiKeyError, ApiKeys
+from genrecall.serving.catalogue_gauges import CatalogueGauges
 from genrecall.serving.hot_swap import BundleFollower
-from genrecall.serving.messages import MAX_BEAM_SIZE, ModelInfo, RecallRequest, RecallResponse
-from genrecall.serving.recall_service import answer_batch
+from genrecall.serving.live_catalogue import DriftLimits
+from genrecall.serving.messages import MAX_BEAM_SIZE, ItemsAccepted, ItemsRequest, ModelInfo, RecallRequest, RecallResponse
+from genrecall.serving.recall_service import ServedBundle, Waiting, answer_batch, answer_waiting
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
 
 STUCK_AFTER_S = 60.0
 """A batch that takes longer than this fails the health check, and Serve replaces the replica."""
 
+_LOCK_WAIT_S = 5.0
 _MILLISECONDS = [1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0]
 _BeamSize = Annotated[int, Field(ge=1, le=MAX_BEAM_SIZE)]
 
@@ -48,7 +55,13 @@ class RecallSettings(BaseModel):
         max_batch_size, batch_wait_s: of the request batches.
         max_waiting: requests a replica holds at a time; more get 503 with Retry-After. Below `max_ongoing_requests`.
         follow_s: seconds between two looks at the registry; 0: never.
+        catalogue_folder: folder of the catalogue logs, one of each model's name, on a file system that all replicas share; default: `catalogue` in
+            `GENRECALL_HOME` where that is a folder.
+        catalogue_follow_s: seconds between two looks at the log.
+        drift_error_ratio, drift_oversize_share, drift_unknown_categories, drift_min_items: the alarm's limits, see `DriftLimits`.
+        cache_entries, cache_mb: answers (and their size) that a replica keeps for requests that come again; 0 entries: none.
         api_keys_file: one key a line; default: the environment's `GENRECALL_API_KEYS`.
+        admin_keys_file: likewise, of who may change the catalogue; default: `GENRECALL_ADMIN_KEYS`.
         torch_threads: at most the replica's CPUs.
     """
 
@@ -62,7 +75,16 @@ class RecallSettings(BaseModel):
     batch_wait_s: float = Field(default=0.001, ge=0, le=1)
     max_waiting: int = Field(default=64, ge=1)
     follow_s: float = Field(default=10.0, ge=0)
+    cache_entries: int = Field(default=0, ge=0, le=10_000_000)
+    cache_mb: float = Field(default=64.0, gt=0)
+    catalogue_folder: str | None = None
+    catalogue_follow_s: float = Field(default=1.0, ge=0.05, le=4)
+    drift_error_ratio: float = Field(default=DriftLimits.error_ratio, gt=0)
+    drift_oversize_share: float = Field(default=DriftLimits.oversize_share, ge=0, le=1)
+    drift_unknown_categories: float = Field(default=DriftLimits.unknown_categories, ge=0, le=1)
+    drift_min_items: int = Field(default=DriftLimits.min_items, ge=1)
     api_keys_file: str | None = None
+    admin_keys_file: str | None = None
     torch_threads: int = Field(default=1, ge=1)
 
     @field_validator("model")
@@ -79,6 +101,15 @@ class RecallSettings(BaseModel):
             raise ValueError(f"expected the widest beam first, got {list(sizes)}")
         return sizes
 
+    def drift_limits(self) -> DriftLimits:
+        """When the drift alarm is raised."""
+        return DriftLimits(
+            error_ratio=self.drift_error_ratio,
+            oversize_share=self.drift_oversize_share,
+            unknown_categories=self.drift_unknown_categories,
+            min_items=self.drift_min_items,
+        )
+
 
 @serve.deployment(name="recall", max_ongoing_requests=128, max_queued_requests=256, ray_actor_options={"num_cpus": 1})
 @serve.ingress()
@@ -88,24 +119,31 @@ class RecallDeployment:
     Args:
         settings: a `RecallSettings` as JSON values.
         tracking_uri: of the registry.
+        catalogues: folder of the catalogue logs; None: there are none, and nobody changes the catalogue.
     """
 
-    def __init__(self, settings: dict[str, Any], tracking_uri: str) -> None:
+    def __init__(self, settings: dict[str, Any], tracking_uri: str, catalogues: str | None = None) -> None:
         self._settings = RecallSettings(**settings)
         self._keys = ApiKeys(self._settings.api_keys_file)
+        self._admin_keys = ApiKeys.for_admins(self._settings.admin_keys_file)
+        if self._admin_keys.required and catalogues is None:
+            raise CatalogueLogError("there are admin keys and no place for the catalogue log: GENRECALL_HOME is no folder; set catalogue_folder")
         if not self._keys.required:
             refuse_open_port(*_http_binding())
         threads = self._settings.torch_threads
         torch.set_num_threads(threads)
         cache = Path(self._settings.bundle_cache) if self._settings.bundle_cache else None
-        self._follower = BundleFollower(self._settings.model, tracking_uri, cache)
+        self._follower = BundleFollower(self._settings.model, tracking_uri, cache, Path(catalogues) if catalogues else None)
         self._served = self._follower.load()
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch", initializer=torch.set_num_threads, initargs=(threads,))
+        self._cache = AnswerCache(self._settings.cache_entries, int(self._settings.cache_mb * 2**20))
         self._waiting = 0
         self._batch_began: float | None = None
         self._answer_together.set_max_batch_size(self._settings.max_batch_size)  # type: ignore[attr-defined]  # added by serve.batch
         self._answer_together.set_batch_wait_timeout_s(self._settings.batch_wait_s)  # type: ignore[attr-defined]
-        self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded or failed", tag_keys=("outcome",))
+        self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded, late or failed", tag_keys=("outcome",))
+        self._degraded = Counter("genrecall_degraded", "answers that are less than was asked for, by reason", tag_keys=("reason",))
+        self._looked_up = Counter("genrecall_cache", "requests looked up in the cache by outcome: hit or miss", tag_keys=("outcome",))
         self._latency = Histogram("genrecall_latency_ms", "milliseconds by phase: whole, generate or expand", boundaries=_MILLISECONDS, tag_keys=("phase",))
         self._batch_size = Histogram("genrecall_batch_size", "requests decoded together", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
         self._empty = Counter("genrecall_empty_answers", "answers without an item")
@@ -113,51 +151,126 @@ class RecallDeployment:
         self._refused = Gauge("genrecall_refused", "1 while another version is refused, see GET /v1/model")
         self._version = Gauge("genrecall_model_version", "version number in service")
         self._version.set(float(self._served.version.number))
+        self._catalogue = CatalogueGauges(self._settings.drift_limits())
+        self._catalogue.show(self._served.bundle)
+        self._change_lock = threading.Lock()  # who replaces what is served holds it
+        self._log_thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        # Before the first request: the torch thread starts, and the widest beam's buffers are there.
+        self._torch_thread.submit(answer_batch, self._served, [RecallRequest(query="")], self._settings.beam_sizes).result()
         logger.info("serving %s (%s)", self._served.version.text, self._follower.address)
         if self._settings.follow_s > 0:
             threading.Thread(target=self._follow, name="follower", daemon=True).start()
+        if self._follower.log is not None:
+            threading.Thread(target=self._follow_log, name="log follower", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
         """The routes; Ray Serve asks for them once the replica is up."""
-        return create_app(lambda: self, self._keys)
+        return create_app(lambda: self, self._keys, self._admin_keys)
 
     async def recall(self, request: RecallRequest) -> RecallResponse:
-        """Answer one request, in a batch with those waiting beside it."""
-        if self._waiting >= self._settings.max_waiting:
-            self._requests.inc(tags={"outcome": "overloaded"})
-            raise OverloadedError("too many requests are waiting")
-        self._waiting += 1
+        """Answer one request, from the cache or in a batch with those waiting beside it."""
+        key = None
+        if self._cache.entries:
+            key = key_of(self._served, request)
+            kept = self._cache.get(key)
+            self._looked_up.inc(tags={"outcome": "miss" if kept is None else "hit"})
+            if kept is not None:
+                self._requests.inc(tags={"outcome": "ok"})
+                return kept
+        self._admit(1)
         started = time.perf_counter()
         outcome = "failed"
         try:
-            response: RecallResponse = await self._answer_together(request)
-            outcome = "ok"
+            response: RecallResponse | None = await self._answer_together(Waiting(request, time.monotonic()))
+            outcome = "late" if response is None else "ok"
         finally:
             self._waiting -= 1
             self._requests.inc(tags={"outcome": outcome})
-        for phase, milliseconds in (
-            ("whole", (time.perf_counter() - started) * 1e3),
-            ("generate", response.timings.generate_ms),
-            ("expand", response.timings.expand_ms),
-        ):
-            self._latency.observe(milliseconds, tags={"phase": phase})
-        if not response.items:
-            self._empty.inc()
+        if response is None:
+            raise OverloadedError("the deadline passed before the request's turn came")
+        self._observe(response, (time.perf_counter() - started) * 1e3)
+        if key is not None:
+            self._cache.put(key, response)
         return response
 
+    async def recall_batch(self, requests: Sequence[RecallRequest]) -> list[RecallResponse]:
+        """Answer requests in order, all by the bundle in service now; the batcher's other batches may run in between."""
+        self._admit(len(requests))
+        served, arrived, started = self._served, time.monotonic(), time.perf_counter()
+        outcome = "failed"
+        answers: list[RecallResponse] = []
+        try:
+            for first in range(0, len(requests), self._settings.max_batch_size):
+                part = [Waiting(request, arrived) for request in requests[first : first + self._settings.max_batch_size]]
+                found = await self._in_torch_thread(served, part)
+                answers += [answer for answer in found if answer is not None]
+                if len(answers) < first + len(part):
+                    outcome = "late"
+                    raise OverloadedError("the deadline of a request of the batch passed before its turn came")
+            outcome = "ok"
+        finally:
+            self._waiting -= len(requests)
+            self._requests.inc(len(requests), tags={"outcome": outcome})
+        for answer in answers:
+            self._observe(answer, (time.perf_counter() - started) * 1e3)
+        return answers
+
+    def _admit(self, count: int) -> None:
+        """Count requests as waiting; a batch larger than the queue is taken where nothing else waits."""
+        if self._waiting and self._waiting + count > self._settings.max_waiting:
+            self._requests.inc(count, tags={"outcome": "overloaded"})
+            raise OverloadedError("too many requests are waiting")
+        self._waiting += count
+
+    def _observe(self, response: RecallResponse, whole_ms: float) -> None:
+        timings = response.timings
+        for phase, milliseconds in (("whole", whole_ms), ("generate", timings.generate_ms), ("expand", timings.expand_ms)):
+            self._latency.observe(milliseconds, tags={"phase": phase})
+        for reason in response.degraded_by:
+            self._degraded.inc(tags={"reason": reason})
+        if not response.items:
+            self._empty.inc()
+
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.001)
-    async def _answer_together(self, requests: list[RecallRequest]) -> list[RecallResponse]:
-        served = self._served  # one reference for the whole batch: no answer mixes versions
-        self._batch_size.observe(len(requests))
+    async def _answer_together(self, waiting: list[Waiting]) -> list[RecallResponse | None]:
+        return await self._in_torch_thread(self._served, waiting)  # one reference for the whole batch: no answer mixes versions
+
+    async def _in_torch_thread(self, served: ServedBundle, waiting: list[Waiting]) -> list[RecallResponse | None]:
+        self._batch_size.observe(len(waiting))
+        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._answer, served, waiting)
+
+    def _answer(self, served: ServedBundle, waiting: list[Waiting]) -> list[RecallResponse | None]:
         self._batch_began = time.monotonic()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._torch_thread, answer_batch, served, requests, self._settings.beam_sizes)
+            return answer_waiting(served, waiting, self._settings.beam_sizes)
         finally:
             self._batch_began = None
 
+    async def change_items(self, changes: ItemsRequest) -> ItemsAccepted:
+        """Append changes to the catalogue log, which every replica follows.
+
+        Replicas take turns by the log's lock: it needs no actor that has to live, and a job or another cluster may append beside them.
+        """
+        log = self._follower.log
+        assert log is not None, "checked at the start"
+        records = [ItemRecord(**{**one.model_dump(), "category_path": tuple(one.category_path)}) for one in changes.upsert]
+        try:
+            append = functools.partial(log.append, records, changes.delist, wait_s=_LOCK_WAIT_S)
+            sequence = await asyncio.get_running_loop().run_in_executor(self._log_thread, append)
+        except CatalogueLogError as error:
+            logger.error("the catalogue was not changed: %s", error)
+            raise OverloadedError("the catalogue log cannot be written now; send the same changes again") from error
+        return ItemsAccepted(catalog_seq=sequence, upserted=len(records), delisted=len(changes.delist))
+
+    def ready(self) -> bool:
+        """Whether requests get answered: the bundle was verified and warmed up before the replica started, so only a batch that hangs can stand in the way."""
+        began = self._batch_began
+        return began is None or time.monotonic() - began <= STUCK_AFTER_S
+
     def info(self) -> ModelInfo:
         """What is being served."""
-        return self._served.info(self._follower.address, self._follower.refused)
+        served = self._served
+        return served.info(self._follower.address, self._follower.refused).model_copy(update={"catalogue": self._catalogue.info(served.bundle)})
 
     async def check_health(self) -> None:
         """Ray Serve's probe: fails where the engine hangs.
@@ -165,8 +278,7 @@ class RecallDeployment:
         Raises:
             RuntimeError: a batch has been running for longer than `STUCK_AFTER_S`.
         """
-        began = self._batch_began
-        if began is not None and time.monotonic() - began > STUCK_AFTER_S:
+        if not self.ready():
             raise RuntimeError(f"a batch has been running for more than {STUCK_AFTER_S:.0f} s")
 
     def _follow(self) -> None:
@@ -175,13 +287,39 @@ class RecallDeployment:
         while True:
             time.sleep(self._settings.follow_s)
             self._keys.refresh()
+            self._admin_keys.refresh()
             found = self._follower.newer(self._served)
             self._refused.set(float(self._follower.refused is not None))
             if found is not None:
-                logger.info("serving %s instead of %s", found.version.text, self._served.version.text)
-                self._served = found
-                self._swaps.inc()
-                self._version.set(float(found.version.number))
+                self._swap(found)
+
+    def _swap(self, found: ServedBundle) -> None:
+        """Serve another version, once it has what the present one took from the log meanwhile."""
+        with self._change_lock:
+            try:
+                found = self._follower.up_to_date(found)
+            except Exception as error:  # the edge: the version in service knows more of the catalogue
+                self._catalogue.failed(error)
+                return
+            logger.info("serving %s instead of %s", found.version.text, self._served.version.text)
+            self._served = found
+            self._catalogue.show(found.bundle)
+        self._swaps.inc()
+        self._version.set(float(found.version.number))
+
+    def _follow_log(self) -> None:
+        """Take in what is appended to the catalogue log, from the replica's start to its end, in a thread of its own: loading a version takes longer."""
+        torch.set_num_threads(self._settings.torch_threads)
+        while True:
+            time.sleep(self._settings.catalogue_follow_s)
+            with self._change_lock:
+                try:
+                    while (further := self._follower.caught_up(self._served)) is not self._served:
+                        self._served = further
+                        self._catalogue.show(further.bundle)
+                    self._catalogue.followed()
+                except Exception as error:  # the edge: whatever is wrong with the log, what is loaded goes on serving
+                    self._catalogue.failed(error)
 
 
 def refuse_open_port(host: str, behind_haproxy: bool) -> None:

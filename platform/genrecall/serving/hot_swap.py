@@ -1,17 +1,20 @@
-"""Following an alias: the bundle it means is fetched, verified and only then handed over.
+"""Following an alias and the catalogue log: the bundle the alias means is fetched, verified, brought up to the log's end and only then handed over.
 
-A version that cannot be verified is refused and named in `refused`; the one in service stays. The version served before stays loaded,
-so that going back to it takes no time.
+A version that cannot be verified or cannot take the log is refused and named in `refused`; the one in service stays. The version served before stays
+loaded, so that going back to it takes no time but that of the changes since.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
 
 from genrecall.registry.bundle import load_bundle
+from genrecall.registry.catalogue_log import CatalogueLog, log_folder
 from genrecall.registry.versions import CHAMPION, RegistryError, Version, fetch_bundle, open_registry, resolve
+from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.recall_service import ServedBundle
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
@@ -21,23 +24,30 @@ RETRY_REFUSED_S = 60.0
 
 
 class BundleFollower:
-    """Loads the bundle that an address means, and again when it means another one. One thread at a time may use it.
+    """Loads the bundle that an address means, and again when it means another one. One thread at a time may use it, and another `caught_up`.
 
     Args:
         address: `models:/NAME@champion`, `models:/NAME/NUMBER` or `latest-champion`. The model that `latest-champion` means at
             the first load is followed from then on.
         tracking_uri: of the registry.
         cache: folder for downloaded bundles; None reads a local store in place.
+        catalogues: folder of the catalogue logs, one of each model's name; None: bundles are served as they were built.
+
+    Attributes:
+        refused: why another version was not taken, where that happened.
+        log: the model's catalogue log, from the first load on.
 
     Raises:
         RegistryError: there is no registry at `tracking_uri`.
     """
 
-    def __init__(self, address: str, tracking_uri: str, cache: Path | None = None) -> None:
+    def __init__(self, address: str, tracking_uri: str, cache: Path | None = None, catalogues: Path | None = None) -> None:
         self.address = address
         self.refused: str | None = None
+        self.log: CatalogueLog | None = None
         self._client = open_registry(tracking_uri)
         self._cache = cache
+        self._catalogues = catalogues
         self._previous: ServedBundle | None = None
         self._refused_version: Version | None = None
         self._refused_at = 0.0
@@ -48,11 +58,31 @@ class BundleFollower:
         Raises:
             RegistryError: there is none.
             ArtifactError, BundleError: it cannot be trusted.
+            CatalogueLogError: the catalogue log cannot be read, or lacks changes that the bundle needs.
         """
         version = resolve(self.address, self._client)
         if not self.address.startswith("models:/"):
             self.address = f"models:/{version.name}@{CHAMPION}"
+        if self._catalogues is not None:
+            self.log = CatalogueLog(log_folder(self._catalogues, version.name))
         return self._load(version)
+
+    def caught_up(self, served: ServedBundle) -> ServedBundle:
+        """With the next changes of the catalogue log, or the same object where there are none.
+
+        Raises:
+            CatalogueLogError: as for `load`.
+        """
+        if self.log is None or not isinstance(served.bundle, LiveBundle):
+            return served
+        bundle = served.bundle.caught_up(self.log)
+        return served if bundle is served.bundle else dataclasses.replace(served, bundle=bundle)
+
+    def up_to_date(self, served: ServedBundle) -> ServedBundle:
+        """With all changes of the catalogue log; errors as for `caught_up`."""
+        while (further := self.caught_up(served)) is not served:
+            served = further
+        return served
 
     def newer(self, served: ServedBundle) -> ServedBundle | None:
         """The bundle the address means now if it is another than `served`, verified; None if not, or if it was refused."""
@@ -70,7 +100,8 @@ class BundleFollower:
         if version == self._refused_version and time.monotonic() - self._refused_at < RETRY_REFUSED_S:
             return None
         try:
-            found = self._previous if self._previous is not None and self._previous.version == version else self._load(version)
+            kept = self._previous if self._previous is not None and self._previous.version == version else None
+            found = self._load(version) if kept is None else self.up_to_date(kept)
         except Exception as error:  # the edge again: whatever is wrong with another version, the one in service stays
             self._refuse(version, served, error)
             return None
@@ -79,7 +110,8 @@ class BundleFollower:
         return found
 
     def _load(self, version: Version) -> ServedBundle:
-        return ServedBundle(version, load_bundle(fetch_bundle(version, self._client, self._cache)))
+        bundle = load_bundle(fetch_bundle(version, self._client, self._cache))
+        return self.up_to_date(ServedBundle(version, bundle if self.log is None else LiveBundle.over(bundle)))
 
     def _refuse(self, version: Version | None, served: ServedBundle, error: Exception) -> None:
         reason = f"{version.text if version else self.address}: {error}"

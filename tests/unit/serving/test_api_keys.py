@@ -83,3 +83,23 @@ def test_a_missing_key_file_is_an_error(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff" * 20)
     with pytest.raises(ApiKeyError, match=r"cannot be read \(not UTF-8 text\)"):
         ApiKeys(str(tmp_path / "bytes"))
+
+
+def test_admin_keys_are_others_than_api_keys(monkeypatch, tmp_path):
+    monkeypatch.setenv("GENRECALL_API_KEYS", FIRST)
+    monkeypatch.delenv("GENRECALL_ADMIN_KEYS", raising=False)
+    assert not ApiKeys.for_admins().required
+    monkeypatch.setenv("GENRECALL_ADMIN_KEYS", f"{SECOND},{'c' * 16}")
+    admins = ApiKeys.for_admins()
+    assert [admins.accept(one.encode()) for one in (FIRST, SECOND, "c" * 16)] == [False, True, True]
+    (tmp_path / "admins").write_text(f"{FIRST}\n")
+    admins = ApiKeys.for_admins(str(tmp_path / "admins"))
+    assert (admins.accept(FIRST.encode()), admins.accept(SECOND.encode())) == (True, False)
+    (tmp_path / "admins").write_text(SECOND)
+    admins.refresh()
+    assert (admins.accept(FIRST.encode()), admins.accept(SECOND.encode())) == (False, True)
+    with pytest.raises(ApiKeyError, match=r"admin_keys_file .*absent.: cannot be read"):
+        ApiKeys.for_admins(str(tmp_path / "absent"))
+    monkeypatch.setenv("GENRECALL_ADMIN_KEYS", "short")
+    with pytest.raises(ApiKeyError, match="GENRECALL_ADMIN_KEYS: key number 1: expected at least 16"):
+        ApiKeys.for_admins()

@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[3]
         ({"max_batch_size": 0}, "max_batch_size\n  Input should be greater than or equal to 1"),
         ({"follow_s": -1}, "follow_s"),
         ({"torch_threads": 0}, "torch_threads"),
+        ({"catalogue_follow_s": 10}, "catalogue_follow_s\n  Input should be less than or equal to 4"),
+        ({"drift_unknown_categories": 2}, "drift_unknown_categories"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(args, message):

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
+from safetensors.torch import load_file, save_file
 
 from genrecall.registry.bundle import BundleError
+from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, ItemRecord
 from genrecall.registry.promotion import register
 from genrecall.registry.versions import RegistryError, fetch_bundle
 from genrecall.serving import hot_swap
 from genrecall.serving.hot_swap import BundleFollower
+from genrecall.serving.live_catalogue import CHANGES_AT_ONCE
+from genrecall.serving.messages import RecallRequest
+from genrecall.serving.recall_service import answer_batch
+from genrecall.storage import open_artifact, sha256_of
 
 
 @pytest.fixture
@@ -133,3 +141,120 @@ def test_looking_costs_little(registry, versions, follower):
     started = time.monotonic()
     follower.newer(first)
     assert time.monotonic() - started < 1.0
+
+
+@pytest.fixture
+def other_codes(registry, versions, untrained_line, tmp_path):
+    """A third version whose codebooks are others, so that it places newcomers elsewhere."""
+    folder = tmp_path / "other_codes"
+    shutil.copytree(untrained_line(seed=1).path, folder)
+    weights = folder / "quantizer" / "quantizer.safetensors"
+    tensors = load_file(weights)
+    save_file({name: value.flip(0).contiguous() for name, value in tensors.items()}, weights)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["quantizer/quantizer.safetensors"] = {"sha256": sha256_of(weights), "bytes": weights.stat().st_size}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return register(open_artifact(str(folder), kind="bundle"), "shop", metrics={})
+
+
+def answered(served):
+    """What a version answers: the items by id; no answer says another version."""
+    (answer,) = answer_batch(served, [RecallRequest(query="angle bracket", beam_size=200, limit=1000)], (4, 3, 2))
+    assert answer.versions == served.versions
+    return {item.item_id: item for item in answer.items}
+
+
+def titles(served):
+    return {item_id: item.title for item_id, item in answered(served).items()}
+
+
+def test_items_upserted_then_a_swap_a_rollback_and_a_restart_every_version_serves_them_and_none_a_delisted_one(registry, versions, other_codes, tmp_path):
+    def started():
+        return BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path)
+
+    follower = started()
+    first = follower.load()
+    built = titles(first)
+    assert len(built) == 40
+    site = CatalogueLog(tmp_path / "shop")
+
+    # Upsert: three newcomers, one of them gone again; one known item renamed; one delisted.
+    new = [ItemRecord(item_id=f"n{number}", title=title, category_path=("Home",)) for number, title in enumerate(["soaker hose", "chrome lamp", "deck screw"])]
+    site.append([*new, ItemRecord(item_id="i03", title="renamed")], ["i00"])
+    site.append([], ["n2"])
+    upserted = follower.up_to_date(first)
+    expected = {**built, "n0": "soaker hose", "n1": "chrome lamp", "i03": "renamed"}
+    del expected["i00"]
+    assert titles(upserted) == expected
+    assert (upserted.versions.model, upserted.versions.catalog_seq) == ("shop/1", 6)
+    assert titles(first) == built  # a batch under way
+
+    # Swap: the other version places them by its own codes.
+    move(registry, 3)
+    second = follower.newer(upserted)
+    assert (second.versions.model, second.versions.catalog_seq) == ("shop/3", 6)
+    assert titles(second) == expected
+    assert [answered(second)[one].sid for one in ("n0", "n1")] != [answered(upserted)[one].sid for one in ("n0", "n1")]
+    assert answered(second)["i03"].sid == answered(upserted)["i03"].sid
+
+    # While the second serves, another item comes, one goes, and one comes back.
+    site.append([ItemRecord(item_id="n3", title="late"), ItemRecord(item_id="i00", title="back")], ["n0", "i39"])
+    second = follower.up_to_date(second)
+    expected = {**expected, "n3": "late", "i00": "back"}
+    del expected["n0"], expected["i39"]
+    assert titles(second) == expected
+
+    # Rollback: the version kept loaded has missed those.
+    move(registry, 1)
+    back = follower.newer(second)
+    assert (back.versions.model, back.versions.catalog_seq) == ("shop/1", 10)
+    assert back.bundle.published is upserted.bundle.published  # not loaded again
+    assert titles(back) == expected
+
+    # Restart, of either version, also after a compaction.
+    for compacted in (False, True):
+        if compacted:
+            site.compact()
+        for number in (1, 2, 3):
+            move(registry, number)
+            restarted = started().load()
+            assert (restarted.version.number, restarted.versions.catalog_seq) == (number, 10)
+            assert titles(restarted) == expected
+            assert follower.caught_up(restarted) is restarted
+
+
+def test_the_log_is_taken_in_steps(registry, versions, tmp_path):
+    follower = BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path)
+    served = follower.load()
+    for part in range(3):
+        follower.log.append([ItemRecord(item_id=f"n{part}-{number}", title="hose") for number in range(CHANGES_AT_ONCE - 10)])
+    steps = []
+    while (further := follower.caught_up(served)) is not served:
+        served = further
+        steps.append(served.versions.catalog_seq)
+    # Requests stay whole: the step that reaches its size ends with the request.
+    assert steps == [2 * (CHANGES_AT_ONCE - 10), 3 * (CHANGES_AT_ONCE - 10)]
+    assert served.info("", None).items == 40 + 3 * (CHANGES_AT_ONCE - 10)
+
+
+def test_a_version_that_cannot_take_the_log_is_refused_and_does_not_start(registry, versions, tmp_path):
+    follower = BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path)
+    first = follower.load()
+    site = CatalogueLog(tmp_path / "shop")
+    site.append([ItemRecord(item_id="n0", title="hose")], ["i00"])
+    first = follower.up_to_date(first)
+    site.compact(covered=2)  # an operator's mistake: neither bundle covers that
+    move(registry, 2)
+    assert follower.newer(first) is None
+    assert "shop/2: " in follower.refused
+    assert "serve a bundle that covers 2 or more" in follower.refused
+    assert follower.up_to_date(first) is first  # the one in service knows these changes
+    with pytest.raises(CatalogueLogError, match="covers 2 or more"):
+        BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path).load()
+
+
+def test_without_a_folder_of_logs_a_bundle_is_served_as_it_was_built(registry, versions, follower):
+    first = follower.load()
+    assert follower.log is None
+    assert follower.up_to_date(first) is first
+    assert first.versions.catalog_seq == 0

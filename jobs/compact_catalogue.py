@@ -1,0 +1,35 @@
+"""Compact a model's catalogue log: of each item the newest record or tombstone alone is kept. Servers go on meanwhile.
+
+    python jobs/compact_catalogue.py --recipe home_depot
+    python jobs/compact_catalogue.py --recipe home_depot --covered 41200
+
+--covered drops all changes up to that number. Give the `catalog_seq` of the oldest version that may ever be served again: one whose bundle covers less is
+refused from then on, because it would bring delisted items back.
+"""
+
+import sys
+
+from genrecall.pipeline import command_line
+from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, log_folder
+
+
+def main() -> None:
+    """Compact the log."""
+    pipeline, arguments = command_line(
+        __doc__ or "",
+        extra={
+            "--covered": {"type": int, "default": 0, "help": "the last change that every version to be served holds itself (default: 0, none)"},
+            "--catalogue-folder": {"help": "folder of the catalogue logs (default: GENRECALL_HOME/catalogue)"},
+        },
+    )
+    try:
+        log = CatalogueLog(log_folder(arguments.catalogue_folder or f"{pipeline.where.home}/catalogue", pipeline.recipe.registered_name))
+        done = log.compact(arguments.covered, wait_s=60)
+    except CatalogueLogError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"{log.folder}: {done.kept} changes kept, {done.dropped} dropped, {done.bytes_before} bytes before, {done.bytes_after} after")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+"""A bundle in service with the catalogue's changes since: its own frozen encoder and codebooks place what came later.
+
+The state is a function of the bundle and of the newest record of each changed item in the log's order, however many steps it was reached in, so that
+replicas that followed, started late, swapped or rolled back answer alike. Each step makes a new object that shares the bundle; a batch under way goes
+on with its own.
+
+A published item keeps its SID, its vector and its words, whatever its record says now: answers show the new title, brand, category and price, and
+filters judge by them. A later item is placed by its newest record: an update gives it a new row, and perhaps another SID. Delisted items are in no
+answer; a published one still counts in a shopper's history. A record of a delisted item lists it again.
+
+Shapes: N items of the bundle, m rows of later items, of which some are no longer in use, n records of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genrecall.encoders.embed import compose_item_text
+from genrecall.generator.guidance import LEXICON_TOKENS
+from genrecall.generator.live_filters import LiveFilterCache
+from genrecall.generator.retriever import Retriever
+from genrecall.quantization.residual_quantizer import load_quantizer
+from genrecall.registry.bundle import Bundle
+from genrecall.registry.catalogue_log import CatalogueLog, Change, ItemRecord, LogTail
+from genrecall.sid.assign import load_assigner, oversize_sids
+from genrecall.sid.index import SidIndex
+from genrecall.sid.own_records import OwnRecords
+from genrecall.sid.segments import SegmentedIndex
+
+CHANGES_AT_ONCE = 1000
+"""A step takes this many changes, and the rest of the request that they end in."""
+
+_ARRAYS = ("used", "errors", "unknown", "categories", "brands")
+_SAMPLE = 2048
+_UNUSED_ROWS = 1024
+_ALL = int(np.iinfo(np.int32).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftLimits:
+    """What newcomers may differ by before the alarm says that it is time to retrain.
+
+    Attributes:
+        error_ratio: their mean quantisation error over the catalogue's.
+        oversize_share: SIDs that they brought beyond twice the cap, of all SIDs.
+        unknown_categories: the share of them that name a category which no published item has.
+        min_items: fewer newcomers than these raise no alarm by their error or their categories.
+    """
+
+    error_ratio: float = 1.5
+    oversize_share: float = 0.01
+    unknown_categories: float = 0.2
+    min_items: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How the catalogue differs from the bundle's.
+
+    Attributes:
+        later_items: items in service that the bundle does not have. changed_items: items of the bundle that answers show otherwise.
+        delisted_items: items of the bundle that are gone.
+        error_ratio: mean squared distance of later items' latents from their codes, over that of a sample of the bundle's items; None without either.
+        oversize_sids: SIDs beyond twice the cap that were not in the bundle. sids: all of them.
+        unknown_categories: share of later items that name a category which no item of the bundle has or is below; None without later items.
+    """
+
+    sids: int
+    later_items: int = 0
+    changed_items: int = 0
+    delisted_items: int = 0
+    error_ratio: float | None = None
+    oversize_sids: int = 0
+    unknown_categories: float | None = None
+
+    def alarms(self, limits: DriftLimits) -> list[str]:
+        """What is beyond its limit, in words."""
+        found = []
+        enough = self.later_items >= limits.min_items
+        if enough and self.error_ratio is not None and self.error_ratio > limits.error_ratio:
+            found.append(
+                f"the quantisation error of {self.later_items} later items is {self.error_ratio:.2f} times the catalogue's, above {limits.error_ratio:g}"
+            )
+        if self.oversize_sids > limits.oversize_share * self.sids:
+            found.append(f"{self.oversize_sids} of {self.sids} SIDs grew beyond twice the cap, above a share of {limits.oversize_share:g}")
+        if enough and self.unknown_categories is not None and self.unknown_categories > limits.unknown_categories:
+            found.append(
+                f"{self.unknown_categories:.0%} of {self.later_items} later items have categories that the bundle does not know, above {limits.unknown_categories:.0%}"
+            )
+        return found
+
+
+class _Shown(NamedTuple):
+    """What answers show of an item: the columns of a bundle's `items`."""
+
+    item_id: str
+    title: str
+    category_path: tuple[str, ...]
+    brand: str
+    price: float | None
+
+    @classmethod
+    def of(cls, record: ItemRecord) -> _Shown:
+        return cls(record.item_id, record.title, record.category_path, record.brand, record.price)
+
+    def columns(self) -> dict[str, Any]:
+        return {**self._asdict(), "category_path": list(self.category_path)}
+
+
+class _Placed(NamedTuple):
+    """Where records go: SID rows int32 [n], vectors float32 [n, d], text tokens, squared errors float32 [n], and whether the category is unknown, bool [n]."""
+
+    sid_rows: NDArray[np.int32]
+    vectors: NDArray[np.float32]
+    tokens: list[NDArray[np.integer]]
+    errors: NDArray[np.float32]
+    unknown: NDArray[np.bool_]
+
+
+class ItemPlacer:
+    """A bundle's frozen encoder and codebooks.
+
+    Raises:
+        QuantizerError, AssignError: parts that do not belong together.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        folder = bundle.artifact.path
+        self._retriever = bundle.retriever
+        self._quantizer = load_quantizer(folder / "quantizer")
+        self._assigner = load_assigner(quantizer=folder / "quantizer", sid_index=folder / "sid_index")
+        self.catalogue_error = self._mean_error(bundle)
+        """Mean squared distance of the latents of a sample of the bundle's items from their codes."""
+
+    def place(self, records: Sequence[ItemRecord]) -> _Placed:
+        """The places of n records."""
+        assert self._retriever.encoder is not None, "a bundle has its encoder"
+        texts = [compose_item_text(one.title, one.brand, one.category_path, one.text) for one in records]
+        paths = [one.category_path for one in records]
+        vectors = np.asarray(self._retriever.encoder.encode_items(texts), dtype=np.float32)
+        codes, residuals = self._quantizer.place(vectors, paths)
+        ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
+        errors = np.square(residuals).sum(axis=1, dtype=np.float32)
+        return _Placed(self._assigner.assign_placed(codes, residuals), vectors, np.split(ids, offsets[1:-1]), errors, self._unknown(paths))
+
+    def _unknown(self, paths: Sequence[tuple[str, ...]]) -> NDArray[np.bool_]:
+        """Whether an item names a category that no item of the bundle has or is below, bool [n]; by the quantiser's categories without posting lists."""
+        distinct = sorted({path for path in paths if path})
+        if self._retriever.filters is not None:
+            ranges = self._retriever.filters.postings.categories.ranges(distinct)
+            known = ranges[:, 0] < ranges[:, 1]
+        elif self._quantizer.categories is not None:
+            known = self._quantizer.categories.codes_of(distinct) >= 0
+        else:
+            known = np.ones(len(distinct), dtype=np.bool_)
+        known_of = {**dict(zip(distinct, known.tolist(), strict=True)), (): True}
+        return np.array([not known_of[path] for path in paths], dtype=np.bool_)
+
+    def _mean_error(self, bundle: Bundle) -> float:
+        """Of evenly spaced items; by the vectors that the trie holds, or, where it holds none, of their texts less the descriptions."""
+        base = _base_of(bundle)
+        rows = base.item_rows if base.num_published else np.arange(base.num_items, dtype=np.int32)
+        places = np.arange(min(_SAMPLE, len(rows))) * len(rows) // max(min(_SAMPLE, len(rows)), 1)
+        if not len(places):
+            return 0.0
+        shown = bundle.shown(rows[places])
+        held = bundle.retriever.trie.item_vectors
+        if held is not None and base.num_published:
+            vectors = held[places.tolist()].float().cpu().numpy()
+        else:
+            assert bundle.retriever.encoder is not None, "a bundle has its encoder"
+            vectors = bundle.retriever.encoder.encode_items([compose_item_text(one["title"], one["brand"], one["category_path"]) for one in shown])
+        _, residuals = self._quantizer.place(vectors, [one["category_path"] for one in shown])
+        return float(np.square(residuals).sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class _LaterRows:
+    """The rows of later items, as the index has them.
+
+    used: bool [m], not replaced by a newer row and not delisted. errors: float32 [m]. unknown: bool [m]. categories, brands: int32 [m], numbers
+    into `_Names`. shown: m.
+    """
+
+    used: NDArray[np.bool_]
+    errors: NDArray[np.float32]
+    unknown: NDArray[np.bool_]
+    categories: NDArray[np.int32]
+    brands: NDArray[np.int32]
+    shown: tuple[_Shown, ...]
+
+    @classmethod
+    def none(cls) -> _LaterRows:
+        return cls(np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int32), np.zeros(0, np.int32), ())
+
+    def with_rows(self, other: _LaterRows) -> _LaterRows:
+        joined: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
+        return _LaterRows(**joined, shown=self.shown + other.shown)
+
+    def without(self, rows: Sequence[int]) -> _LaterRows:
+        used = self.used.copy()
+        used[list(rows)] = False
+        return dataclasses.replace(self, used=used)
+
+    def kept(self) -> _LaterRows:
+        """The rows in use alone."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[self.used] for name in _ARRAYS}
+        return _LaterRows(**arrays, shown=tuple(self.shown[row] for row in np.flatnonzero(self.used).tolist()))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Numbers of the category paths and brands that items judged by their own record have."""
+
+    categories: Mapping[tuple[str, ...], int]
+    brands: Mapping[str, int]
+
+    def with_names(self, shown: Iterable[_Shown]) -> _Names:
+        categories, brands = dict(self.categories), dict(self.brands)
+        for one in shown:
+            categories.setdefault(one.category_path, len(categories))
+            brands.setdefault(one.brand, len(brands))
+        return _Names(categories, brands)
+
+    def numbers_of(self, shown: Sequence[_Shown]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return np.array([self.categories[one.category_path] for one in shown], np.int32), np.array([self.brands[one.brand] for one in shown], np.int32)
+
+
+@dataclass(frozen=True)
+class LiveBundle(Bundle):
+    """A bundle and what happened to the catalogue since; `retriever` is over the changed index.
+
+    Attributes:
+        published: the bundle as it was built.
+        placer: its encoder and codebooks.
+        applied: the last change that is in it.
+        later: the rows of later items. later_rows: their item rows by id, those in use alone.
+        changed: what answers show of items of the bundle, by item row, where it differs. judged: of these, the rows of another category or brand.
+        delisted: item rows of the bundle.
+        names: of categories and brands.
+    """
+
+    published: Bundle
+    placer: ItemPlacer
+    applied: int
+    later: _LaterRows
+    later_rows: Mapping[str, int]
+    changed: Mapping[int, _Shown]
+    judged: frozenset[int]
+    delisted: frozenset[int]
+    names: _Names
+
+    @classmethod
+    def over(cls, bundle: Bundle) -> LiveBundle:
+        """A bundle to which nothing has happened since it was built.
+
+        Raises:
+            QuantizerError, AssignError: parts of the bundle that do not belong together.
+        """
+        same = {field.name: getattr(bundle, field.name) for field in dataclasses.fields(Bundle)}
+        same["retriever"] = bundle.retriever.with_index(SegmentedIndex(_base_of(bundle)))
+        return cls(
+            **same,
+            published=bundle,
+            placer=ItemPlacer(bundle),
+            applied=bundle.catalog_seq,
+            later=_LaterRows.none(),
+            later_rows={},
+            changed={},
+            judged=frozenset(),
+            delisted=frozenset(),
+            names=_Names({}, {}),
+        )
+
+    @property
+    def catalog_seq(self) -> int:
+        """The last change of the catalogue log that it holds."""
+        return self.applied
+
+    @property
+    def num_listed(self) -> int:
+        """Items that answers may hold."""
+        return _base_of(self.published).num_published - len(self.delisted) + int(self.later.used.sum())
+
+    def rows_of(self, item_ids: Iterable[str]) -> np.ndarray:
+        """As `Bundle.rows_of`, later items included."""
+        ids = list(item_ids)
+        rows = self.item_ids.rows_of(ids)
+        if self.later_rows:
+            for place, one in enumerate(ids):
+                rows[place] = self.later_rows.get(one, rows[place])
+        return rows[rows >= 0]
+
+    def ids_of(self, item_rows: Sequence[int] | np.ndarray) -> list[str]:
+        """As `Bundle.ids_of`, later items included."""
+        return [str(one["item_id"]) for one in self.shown(item_rows)]
+
+    def shown(self, item_rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """As `Bundle.shown`, by the newest records."""
+        rows = np.asarray(item_rows, dtype=np.int64)
+        first = len(self.items)
+        found = super().shown(np.where(rows < first, rows, 0))
+        if self.changed or (rows >= first).any():
+            for place, row in enumerate(rows.tolist()):
+                if row >= first:
+                    found[place] = self.later.shown[row - first].columns()
+                elif row in self.changed:
+                    found[place] = self.changed[row].columns()
+        return found
+
+    @cached_property
+    def drift(self) -> Drift:
+        """How far the catalogue has moved from the bundle's."""
+        used, cap = self.later.used, int(self.about["max_items_per_sid"])
+        count = int(used.sum())
+        before = oversize_sids(_base_of(self.published).sizes(), cap)
+        reference = self.placer.catalogue_error
+        return Drift(
+            sids=len(self.retriever.table),
+            later_items=count,
+            changed_items=len(self.changed),
+            delisted_items=len(self.delisted),
+            error_ratio=float(self.later.errors[used].mean()) / reference if count and reference > 0 else None,
+            oversize_sids=len(np.setdiff1d(oversize_sids(self.retriever.index.sizes(), cap), before)),
+            unknown_categories=float(self.later.unknown[used].mean()) if count else None,
+        )
+
+    def caught_up(self, log: CatalogueLog, at_most: int = CHANGES_AT_ONCE) -> LiveBundle:
+        """With the next changes of the log, or the same object where there are none.
+
+        Raises:
+            CatalogueLogError: the log cannot be read, or lacks changes that this bundle needs.
+        """
+        tail = log.read(self.applied, at_most)
+        return self if tail.sequence == self.applied else self.with_changes(tail)
+
+    def with_changes(self, tail: LogTail) -> LiveBundle:
+        """With the changes that follow `applied`."""
+        newest = sorted({change.item_id: change for change in tail.changes}.values())
+        base = _base_of(self.published)
+        known = self._published_rows(base, newest)
+        later_rows = dict(self.later_rows)
+        gone = [later_rows.pop(one.item_id) - len(self.items) for one in newest if one.item_id in later_rows]
+        later = self.later.without(gone) if gone else self.later
+
+        delisted = set(self.delisted)
+        records = {row: change.record for change, row in zip(newest, known, strict=True) if row >= 0}
+        delisted |= {row for row, record in records.items() if record is None}
+        relisted = {row for row, record in records.items() if record is not None} & delisted
+        delisted -= relisted
+        changed, judged = self._shown_anew(records)
+
+        index = self.retriever.index
+        assert isinstance(index, SegmentedIndex), "made by `over`"
+        unused = len(later.used) - int(later.used.sum())
+        if relisted or unused > max(_UNUSED_ROWS, len(later.used) // 2):
+            index, later = self._rebuilt(base, index, later, delisted)
+            later_rows = {one.item_id: len(self.items) + row for row, one in enumerate(later.shown)}
+        else:
+            index = index.without(np.array([*(delisted - self.delisted), *(len(self.items) + row for row in gone)], dtype=np.int64))
+
+        newcomers = [change.record for change, row in zip(newest, known, strict=True) if row < 0 and change.record is not None]
+        names = self.names
+        if newcomers:
+            placed = self.placer.place(newcomers)
+            shown = tuple(map(_Shown.of, newcomers))
+            names = names.with_names(shown)
+            later_rows |= {one.item_id: index.num_items + place for place, one in enumerate(newcomers)}
+            later = later.with_rows(_LaterRows(np.ones(len(shown), bool), placed.errors, placed.unknown, *names.numbers_of(shown), shown))
+            index = self._added(index, placed.sid_rows, newcomers, placed.vectors, placed.tokens)
+        names = names.with_names(changed[row] for row in judged)
+        state = dataclasses.replace(
+            self, applied=tail.sequence, later=later, later_rows=later_rows, changed=changed, judged=judged, delisted=frozenset(delisted), names=names
+        )
+        return dataclasses.replace(state, retriever=state._retriever_over(index))
+
+    def _published_rows(self, base: SidIndex, changes: Sequence[Change]) -> list[int]:
+        """The item row of each change's item where the bundle publishes it, else -1."""
+        rows = self.item_ids.rows_of([one.item_id for one in changes])
+        if base.num_published < base.num_items:  # a compacted index: what it delisted comes back as a later item
+            places = _places_of(base, rows[rows >= 0])
+            rows[~np.isin(rows, base.rows_at(places))] = -1
+        return [int(row) for row in rows]
+
+    def _shown_anew(self, records: Mapping[int, ItemRecord | None]) -> tuple[dict[int, _Shown], frozenset[int]]:
+        """`changed` and `judged` after published items got other records or were delisted."""
+        changed = {row: shown for row, shown in self.changed.items() if row not in records}
+        judged = self.judged - records.keys()
+        listed = [(row, record) for row, record in records.items() if record is not None]
+        before = self.published.shown([row for row, _ in listed]) if listed else []
+        for (row, record), was in zip(listed, before, strict=True):
+            now, path, brand = _Shown.of(record), tuple(was["category_path"]), was["brand"] or ""
+            if now != _Shown(was["item_id"], was["title"], path, brand, _number(was["price"])):
+                changed[row] = now
+            if (now.category_path, now.brand) != (path, brand):
+                judged |= {row}
+        return changed, judged
+
+    def _rebuilt(self, base: SidIndex, index: SegmentedIndex, later: _LaterRows, delisted: set[int]) -> tuple[SegmentedIndex, _LaterRows]:
+        """The index over the base anew, with the later rows in use in their order; what lists an item again, or frees rows that are not in use."""
+        rebuilt = SegmentedIndex(base).without(np.array(sorted(delisted), dtype=np.int64))
+        used, held = np.flatnonzero(later.used), index.later
+        if len(used):
+            words = held.words
+            rebuilt = rebuilt.added(
+                held.item_sid[used],
+                held.prior[used],
+                vectors=None if held.vectors is None else held.vectors[used],
+                tokens=None if words is None else [words.tokens[words.offsets[row] : words.offsets[row + 1]] for row in used.tolist()],
+            )
+        return rebuilt, later.kept()
+
+    def _added(
+        self,
+        index: SegmentedIndex,
+        sid_rows: NDArray[np.int32],
+        records: Sequence[ItemRecord],
+        vectors: NDArray[np.float32],
+        tokens: Sequence[NDArray[np.integer]],
+    ) -> SegmentedIndex:
+        """With newcomers, and of them what the decoder's guidance reads."""
+        guidance = self.retriever.model.guidance
+        prior = np.array([one.prior_score or 0.0 for one in records], dtype=np.float32)
+        return index.added(
+            sid_rows,
+            prior,
+            vectors=None if guidance is None else vectors,
+            tokens=None if guidance is None or not guidance.lexical_weight else tokens,
+        )
+
+    def _retriever_over(self, index: SegmentedIndex) -> Retriever:
+        filters = self.published.retriever.filters
+        live = filters if filters is None else LiveFilterCache(filters, self._own_records(index))
+        return self.published.retriever.with_index(index, live)
+
+    def _own_records(self, index: SegmentedIndex) -> OwnRecords:
+        base, later = index.base, np.flatnonzero(self.later.used).astype(np.int32)
+        places = _places_of(base, np.array(sorted(self.judged - self.delisted), dtype=np.int32))
+        rows = base.rows_at(places)
+        categories, brands = self.names.numbers_of([self.changed[row] for row in rows.tolist()])
+        return OwnRecords(
+            rows=np.concatenate([rows, base.num_items + later]).astype(np.int32),
+            sids=np.concatenate([base.sids_of(rows), index.later.item_sid[later]]).astype(np.int32),
+            places=np.concatenate([places, base.num_published + later.astype(np.int64)]),
+            category_of=np.concatenate([categories, self.later.categories[later]]),
+            brand_of=np.concatenate([brands, self.later.brands[later]]),
+            categories=tuple(self.names.categories),
+            brands=tuple(self.names.brands),
+            off_lists=np.array(sorted(self.judged | self.delisted), dtype=np.int32),
+        )
+
+
+def _base_of(bundle: Bundle) -> SidIndex:
+    index = bundle.retriever.index
+    return index.base if isinstance(index, SegmentedIndex) else index
+
+
+def _places_of(base: SidIndex, rows: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The places int64 of item rows, ascending; rows that are not published have none."""
+    places, _ = base.places(np.unique(base.sids_of(rows)), _ALL)
+    return places[np.isin(base.rows_at(places), rows)]
+
+
+def _number(value: float | None) -> float | None:
+    """A price as a record has it: a bundle writes nan for none."""
+    return None if value is None or value != value else value
