@@ -182,7 +182,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
         models["cqsid"].save_pretrained(folder / "stage4")
         health = [{"step": float(step), "reward": 0.1 * step, "kl": 0.01, "valid_rate": 1.0, "entropy_1": 2.0} for step in range(4)]
         pq.write_table(pa.Table.from_pylist(health), folder / "health.parquet")
-        (folder / "training.json").write_text(json.dumps({"support": "trie", "stopped": "reward <b>sinks</b>"}))
+        (folder / "training.json").write_text(json.dumps({"support": "trie", "stopped": "reward <b>sinks</b>", "kept_step": 1}))
 
     aligned = write(root / "aligned", "aligned", fill_aligned, parents={"generator": generators["cqsid"]})
     return Line(dataset, encoder, indexes, generators, aligned)
