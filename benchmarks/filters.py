@@ -12,7 +12,7 @@ Filters of three selectivities and two kinds:
 no cache can know. `cold_ms` is one filter's resolution, masks included. An answer that holds an item which fails, lacks a passing item of
 its SIDs, or has fewer SIDs than pass and the beam takes, ends the run.
 
-Run: python benchmarks/filters.py [--quick] [--full] [--threads 1] [--repeats 15] [--output benchmarks/results/filters.json]
+Run: python benchmarks/filters.py [--quick] [--full] [--threads 1] [--repeats 15] [--output benchmarks/results/index_scale.json]
 (--full: also 2.1e7 items in 2e6 SIDs; 2 GB of memory.)
 """
 
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             measure(scale, repeats, partial(record, threads=options.threads))
     finally:
         torch.set_num_threads(before)
-    output = options.output or (None if options.quick else Path(__file__).parent / "results" / "filters.json")
+    output = options.output or (None if options.quick else Path(__file__).parent / "results" / "index_scale.json")
     if output:
         record.write(output)
     return record.records

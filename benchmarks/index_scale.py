@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 from index_steps import digits
-from measurement import commit, machine, quartiles, seconds
+from measurement import commit, machine, quartiles, seconds, write_tables
 
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder, save_towers
@@ -240,7 +240,7 @@ def measure_storage(task: Task, folder: Path, threads: int, record: Record) -> N
             for metric, value in in_fresh_process(step, place, threads).items():
                 record(place.name, metric, [value])
         for part, size in disk_bytes(place / "sid_index").items():
-            record(place.name, f"disk_bytes_{part}", [float(size)])
+            record(place.name, "disk_bytes" if part == "total" else f"disk_bytes_{part}", [float(size)])
 
 
 def measure_search(task: Task, folder: Path, repeats: int, record: Record) -> None:
@@ -497,8 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     here = Path(__file__).parent
     output = options.output or (None if options.quick else here / "results" / "index_scale.json")
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(records, indent=1) + "\n")
+        write_tables(output, records)
     pictures = options.pictures or (None if options.quick else here.parent / "docs" / "pictures")
     if pictures:
         draw(records, task, pictures)

@@ -75,9 +75,8 @@ class Recorder:
         print(f"{row:32} batch {batch:5} threads {threads} {metric:36} {middle:10.2f} ({low:.2f} to {high:.2f})", flush=True)
 
     def write(self, path: Path) -> None:
-        """Write all records."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.records, indent=1) + "\n")
+        """Write all records, see `write_tables`."""
+        write_tables(path, self.records)
 
 
 def clock() -> Callable[[Callable[[], Any]], float]:
