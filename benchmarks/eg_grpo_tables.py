@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grid import commit
+from measurement import commit
 from paired_records import Columns, PairedRecords, Record, markdown_table, mean, merged, origin, require_equal, to_json
 
 from genrecall.evaluation.ab_simulation import OUTCOMES

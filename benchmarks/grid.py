@@ -122,15 +122,3 @@ def end(processes: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def commit() -> str:
-    """The repository's commit, with `+changes` where files beyond results and documents differ from it; "unknown" outside a repository."""
-
-    def git(*arguments: str) -> str | None:
-        found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    head = git("rev-parse", "--short", "HEAD")
-    changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
-    return "unknown" if head is None else head + ("+changes" if changes else "")

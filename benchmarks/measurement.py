@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,21 +40,30 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def machine(*libraries: ModuleType) -> str:
-    """The processor, cores, load and versions (of Python, torch and the given libraries), in a line."""
+def machine(*libraries: ModuleType | str) -> str:
+    """The processor, cores, load and versions (of Python, torch and the given modules or distributions), in a line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next((line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
     load = f"load {os.getloadavg()[0]:.1f}"
-    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in (torch, *libraries))
+    versions = ", ".join(
+        f"{library} {importlib.metadata.version(library)}" if isinstance(library, str) else f"{library.__name__} {library.__version__}"
+        for library in (torch, *libraries)
+    )
     return f"{model}, {os.cpu_count()} cores, {load}, Python {platform.python_version()}, {versions}"
 
 
 def commit() -> str:
-    """The repository's commit, "unknown" outside one."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else "unknown"
+    """The repository's commit, with `+changes` where files beyond results and documents differ from it; "unknown" outside a repository."""
+
+    def git(*arguments: str) -> str | None:
+        found = subprocess.run(["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    head = git("rev-parse", "--short", "HEAD")
+    changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
+    return "unknown" if head is None else head + ("+changes" if changes else "")
 
 
 class Recorder:
@@ -62,7 +75,7 @@ class Recorder:
         libraries: named in the line about the machine, with their versions.
     """
 
-    def __init__(self, table: str, command: Sequence[str], *libraries: ModuleType) -> None:
+    def __init__(self, table: str, command: Sequence[str], *libraries: ModuleType | str) -> None:
         self.table = table
         self.common = {"machine": machine(*libraries), "command": " ".join(["python", *command]), "commit": commit()}
         self.records: list[dict[str, Any]] = []
@@ -77,6 +90,49 @@ class Recorder:
     def write(self, path: Path) -> None:
         """Write all records, see `write_tables`."""
         write_tables(path, self.records)
+
+
+Measure = Callable[[Callable[..., None]], None]
+"""Measures and records: gets what takes a figure as `Recorder` does, but for `threads`."""
+
+
+def run_recorded(
+    parser: argparse.ArgumentParser,
+    name: str,
+    arguments: Sequence[str] | None,
+    measure: Callable[[bool, int], Measure],
+    *libraries: ModuleType | str,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """A benchmark's command line: `measure` runs once for each number of threads, and the records are written to `benchmarks/results/NAME.json`.
+
+    Args:
+        parser: --quick, --threads, --repeats and --output are added to it.
+        name: of the table, and of the benchmark's file.
+        arguments: of the command line; None: the process's.
+        measure: (quick, repeats) -> what measures.
+        libraries: named in the line about the machine.
+        repeats: without --repeats.
+    """
+    parser.add_argument("--quick", action="store_true", help="a tiny task, for correctness only; writes no file unless --output is given")
+    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1], help="thread counts, measured one after the other")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    repeats = 1 if options.quick else options.repeats
+    recorder = Recorder(name, [f"benchmarks/{name}.py", *(sys.argv[1:] if arguments is None else arguments)], *libraries)
+    print(f"{recorder.common['machine']}, medians of {repeats} (quartiles)")
+    before = torch.get_num_threads()
+    try:
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            measure(options.quick, repeats)(functools.partial(recorder, threads=threads))
+    finally:
+        torch.set_num_threads(before)
+    output = options.output or (None if options.quick else Path(__file__).parent / "results" / f"{name}.json")
+    if output:
+        recorder.write(output)
+    return recorder.records
 
 
 def clock() -> Callable[[Callable[[], Any]], float]:

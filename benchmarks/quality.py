@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import quality_tables
-from grid import ROOT, commit, run_grid, run_stages, take_over
+from grid import ROOT, run_grid, run_stages, take_over
+from measurement import commit
 from paired_records import CollectionError, Record, to_json
 
 from genrecall.config import ConfigError, Places, apply_overrides, places

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import vector_quantize_pytorch
-from measurement import Recorder, interleaved, ratios
+from measurement import interleaved, ratios, run_recorded
 from torch import Tensor, nn
 
 from genrecall.quantization.residual_quantizer import LevelSizes
@@ -192,26 +188,14 @@ def compare(model: RqVae, batches: list[Tensor], row: str, repeats: int, record:
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny task, for correctness only; writes no file unless --output is given")
-    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1], help="thread counts, measured one after the other")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args(arguments)
-    task, repeats = (QUICK, 1) if options.quick else (Task(), options.repeats)
-    recorder = Recorder("quantize", ["benchmarks/quantize.py", *(sys.argv[1:] if arguments is None else arguments)])
-    recorder.common["machine"] += f", vector-quantize-pytorch {importlib.metadata.version('vector-quantize-pytorch')}"
-    print(f"{recorder.common['machine']}, medians of {repeats} (quartiles)")
-    before = torch.get_num_threads()
-    try:
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            measure(task, repeats, lambda *figure, threads=threads, **where: recorder(*figure, threads=threads, **where))
-    finally:
-        torch.set_num_threads(before)
-    output = options.output or (None if options.quick else Path(__file__).parent / "results" / "quantize.json")
-    if output:
-        recorder.write(output)
-    return recorder.records
+    return run_recorded(
+        parser,
+        "quantize",
+        arguments,
+        lambda quick, repeats: lambda record: measure(QUICK if quick else Task(), repeats, record),
+        "vector-quantize-pytorch",
+        repeats=9,
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ Run: python benchmarks/rl.py [--quick] [--threads 1 2] [--repeats 7] [--output b
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ import torch
 import transformers
 from decode import Generate, sid_tokens
 from decode import Task as DecodeTask
-from measurement import Recorder, interleaved, ratios, seconds
+from measurement import interleaved, ratios, run_recorded, seconds
 from torch import Tensor
 
 from genrecall.generator.decoding import GroupSamples, group_log_probs, sample_group
@@ -461,28 +459,17 @@ def measure(task: Task, repeats: int, record: Callable[..., None]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny task, for correctness only; writes no file unless --output is given")
-    parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1], help="thread counts, measured one after the other")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args(arguments)
-    task, repeats = (QUICK, 1) if options.quick else (FULL, options.repeats)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    recorder = Recorder("rl", ["benchmarks/rl.py", *(sys.argv[1:] if arguments is None else arguments)], transformers)
-    print(f"{recorder.common['machine']}, medians of {repeats} (quartiles)")
-    before = torch.get_num_threads()
-    try:
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            measure(task, repeats, lambda *figure, threads=threads, **where: recorder(*figure, threads=threads, **where))
-    finally:
-        torch.set_num_threads(before)
-    output = options.output or (None if options.quick else Path(__file__).parent / "results" / "rl.json")
-    if output:
-        recorder.write(output)
-    return recorder.records
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_recorded(
+        parser,
+        "rl",
+        arguments,
+        lambda quick, repeats: lambda record: measure(QUICK if quick else FULL, repeats, record),
+        transformers,
+        repeats=7,
+    )
 
 
 if __name__ == "__main__":
