@@ -7,10 +7,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from genrecall.data.catalog import Catalog
 from genrecall.data.interactions import Requests
+from genrecall.encoders.embed import item_text
+from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.model import Decoder, DecoderConfig
+from genrecall.generator.retriever import Retriever
+from genrecall.generator.sft import build_lexicon
+from genrecall.generator.tokenizer import QueryTokenizer
+from genrecall.sid.index import SidIndex
 from genrecall.sid.semantic_id import SidSpace, SidTable
+from genrecall.sid.trie import Trie
 
 KINDS = ("bracket", "faucet", "drill", "lamp", "carpet")
 COLOURS = ("red", "blue", "green", "black", "white", "brass", "steel", "oak", "gold", "grey")
@@ -99,3 +108,40 @@ def requests() -> Requests:
             clicked.append([10 * kind_row + at])
             genders.append(gender)
     return _make_requests(queries, clicked, genders=genders, history=[[]] * 50 + [[3], [4]] * 5)
+
+
+@pytest.fixture(scope="session")
+def untrained_retriever(catalog: Catalog, encoder: WordEncoder) -> Callable[..., Retriever]:
+    """Makes a retriever over SIDs of the first items, whose decoder has not been trained: guided with a `sharpness`, also by words with `lexical`."""
+
+    def make(table: SidTable, priors: np.ndarray, *, sharpness: float, lexical: float = 0.0, counted: int = 50) -> Retriever:
+        """`counted`: items whose words tell how much a word says."""
+        sizes = table.space.level_sizes
+        index = SidIndex.build(table.item_sid, len(table), priors)
+        tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f", "m"], age_bands=["18-24"])
+        lexicon = build_lexicon(catalog, index.item_rows, tokenizer, np.arange(50) < counted)
+        config = DecoderConfig(
+            text_vocab_size=tokenizer.vocab_size,
+            level_sizes=sizes,
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=16,
+            soft_prompt_dim=encoder.dim,
+            guide_sharpness=sharpness,
+            guide_lexical=lexical,
+            guide_items=len(index.item_rows) if lexical else 0,
+            guide_entries=len(lexicon.item_tokens) if lexical else 0,
+        )
+        model = Decoder(config, seed=1)
+        with torch.no_grad():
+            if model.guidance is not None:
+                model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
+            if lexical:
+                model.guidance.set_lexicon(lexicon)
+        builder = PromptBuilder(tokenizer, config.level_offsets, max_history=2)
+        trie = Trie.from_tokens(table.tokens, sizes).with_items(encoder.encode_items(item_text(catalog))[index.item_rows], index.offsets)
+        return Retriever(model, builder, trie, index, table, encoder, support="trie" if sharpness else "level")
+
+    return make

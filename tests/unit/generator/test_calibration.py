@@ -12,45 +12,20 @@ import torch
 from genrecall.data.interactions import Requests
 from genrecall.generator.calibration import DECODER_WEIGHTS, choose_decoder_weight, weighted_decoder
 from genrecall.generator.decoding import group_log_probs
-from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.guidance import Guide
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.model import Decoder, Prompts
 from genrecall.generator.retriever import Retriever
-from genrecall.generator.sft import build_lexicon
-from genrecall.generator.tokenizer import QueryTokenizer
-from genrecall.sid.index import SidIndex
-from genrecall.sid.trie import Trie
 
 SPACE = (5, 10, 2)
 
 
 @pytest.fixture
-def guided(catalog, table, encoder) -> Retriever:
+def guided(table, untrained_retriever) -> Retriever:
     """A guided generator over fifty SIDs of one item each, whose untrained decoder is as sure of its noise as the encoder of its cosines."""
-    tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f", "m"], age_bands=[])
-    lexicon = build_lexicon(catalog, np.arange(50), tokenizer, np.ones(50, dtype=bool))
-    config = DecoderConfig(
-        text_vocab_size=tokenizer.vocab_size,
-        level_sizes=SPACE,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=16,
-        soft_prompt_dim=encoder.dim,
-        guide_sharpness=4.0,
-        guide_lexical=1.0,
-        guide_items=50,
-        guide_entries=len(lexicon.item_tokens),
-    )
-    model = Decoder(config, seed=1)
-    model.guidance.set_lexicon(lexicon)
+    made: Retriever = untrained_retriever(table, np.zeros(50), sharpness=4.0, lexical=1.0)
     with torch.no_grad():
-        model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
-        model.norm.weight.copy_(torch.linspace(20.0, 40.0, 16))
-    trie = Trie.from_tokens(table.tokens, SPACE).with_items(encoder.encode_items(catalog.titles), np.arange(51))
-    index = SidIndex.build(table.item_sid, 50, np.zeros(50))
-    return Retriever(model, PromptBuilder(tokenizer, config.level_offsets, max_history=2), trie, index, table, encoder, support="trie")
+        made.model.norm.weight.copy_(torch.linspace(20.0, 40.0, 16))
+    return made
 
 
 def prompts_of(retriever: Retriever, queries: Sequence[str]) -> Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -10,64 +11,36 @@ import torch
 
 from genrecall.encoders.embed import item_text
 from genrecall.generator.examples import PromptBuilder
-from genrecall.generator.model import Decoder, DecoderConfig
 from genrecall.generator.retriever import MAX_BATCH, Retriever, RetrieverError, load_retriever
-from genrecall.generator.sft import build_lexicon
-from genrecall.generator.tokenizer import QueryTokenizer
-from genrecall.sid.index import SidIndex
 from genrecall.sid.semantic_id import SidSpace, SidTable
 from genrecall.sid.trie import Trie
 
 NO_HISTORY = np.zeros(0, np.int32)
 
 
-def make_retriever(catalog, encoder, *, guide_sharpness: float, guide_lexical: float = 0.0) -> Retriever:
-    """An untrained generator over 25 SIDs of two items each."""
+@pytest.fixture(scope="module")
+def make_retriever(untrained_retriever):
+    """25 SIDs of two items each."""
     rows = np.arange(50) // 2
     table = SidTable.from_item_tokens(SidSpace((5, 5, 2)), np.stack([rows // 5, rows % 5, np.zeros(50, int)], axis=1).astype(np.int32))
-    index = SidIndex.build(table.item_sid, len(table), np.arange(50, dtype=np.float64))
-    tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f", "m"], age_bands=["18-24"])
-    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, np.ones(50, dtype=bool))
-    config = DecoderConfig(
-        text_vocab_size=tokenizer.vocab_size,
-        level_sizes=(5, 5, 2),
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=16,
-        soft_prompt_dim=encoder.dim,
-        guide_sharpness=guide_sharpness,
-        guide_lexical=guide_lexical,
-        guide_items=50 if guide_lexical else 0,
-        guide_entries=len(lexicon.item_tokens) if guide_lexical else 0,
-    )
-    model = Decoder(config, seed=1)
-    with torch.no_grad():
-        if model.guidance is not None:
-            model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
-        if guide_lexical:
-            model.guidance.set_lexicon(lexicon)
-    builder = PromptBuilder(tokenizer, config.level_offsets, max_history=2)
-    trie = Trie.from_tokens(table.tokens, (5, 5, 2)).with_items(encoder.encode_items(catalog.titles)[index.item_rows], index.offsets)
-    return Retriever(model, builder, trie, index, table, encoder, support="trie" if guide_sharpness else "level")
+    return functools.partial(untrained_retriever, table, np.arange(50, dtype=np.float64))
 
 
 @pytest.fixture(scope="module")
-def retriever(catalog, encoder) -> Retriever:
-    return make_retriever(catalog, encoder, guide_sharpness=0.0)
+def retriever(make_retriever) -> Retriever:
+    return make_retriever(sharpness=0.0)
 
 
 @pytest.fixture
-def guided(catalog, encoder) -> Retriever:
+def guided(make_retriever) -> Retriever:
     """By the encoder alone."""
-    return make_retriever(catalog, encoder, guide_sharpness=8.0)
+    return make_retriever(sharpness=8.0)
 
 
 @pytest.fixture
-def worded(catalog, encoder) -> Retriever:
+def worded(make_retriever) -> Retriever:
     """By the encoder and the query's words."""
-    return make_retriever(catalog, encoder, guide_sharpness=8.0, guide_lexical=3.0)
+    return make_retriever(sharpness=8.0, lexical=3.0)
 
 
 def ask(retriever: Retriever, query: str, gender: str | None = None, history: np.ndarray = NO_HISTORY, **settings):

@@ -6,18 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from genrecall.encoders.embed import item_text
-from genrecall.generator.examples import PromptBuilder
-from genrecall.generator.model import Decoder, DecoderConfig
 from genrecall.generator.retriever import Retriever, RetrieverError
-from genrecall.generator.sft import build_lexicon
-from genrecall.generator.tokenizer import QueryTokenizer
-from genrecall.sid.index import SidIndex
 from genrecall.sid.segments import SegmentedIndex
 from genrecall.sid.semantic_id import SidSpace, SidTable
-from genrecall.sid.trie import Trie
 
 NO_HISTORY = np.zeros(0, np.int32)
 PUBLISHED = 40
@@ -25,36 +18,16 @@ PUBLISHED = 40
 SID_OF = (np.arange(50) * 7 % 50 // 2).astype(np.int32)
 
 
-def make_retriever(catalog, encoder, *, sharpness: float, lexical: float, published: int = PUBLISHED) -> Retriever:
-    """An untrained generator over 25 SIDs, of which the first `published` items are in the base."""
-    sids = np.arange(25)
-    table = SidTable(SidSpace((5, 5, 1)), np.stack([sids // 5, sids % 5, 0 * sids], axis=1).astype(np.int32), SID_OF[:published])
-    index = SidIndex.build(SID_OF[:published], 25, np.arange(published, dtype=np.float64))
-    tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f"], age_bands=["18-24"])
-    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, np.arange(50) < PUBLISHED)
-    config = DecoderConfig(
-        text_vocab_size=tokenizer.vocab_size,
-        level_sizes=(5, 5, 1),
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=16,
-        soft_prompt_dim=encoder.dim,
-        guide_sharpness=sharpness,
-        guide_lexical=lexical,
-        guide_items=published if lexical else 0,
-        guide_entries=len(lexicon.item_tokens) if lexical else 0,
-    )
-    model = Decoder(config, seed=1)
-    if model.guidance is not None:
-        with torch.no_grad():
-            model.guidance.level_weights.copy_(torch.tensor([0.9, 1.1, 0.6]))
-        if lexical:
-            model.guidance.set_lexicon(lexicon)
-    builder = PromptBuilder(tokenizer, config.level_offsets, max_history=2)
-    trie = Trie.from_tokens(table.tokens, (5, 5, 1)).with_items(encoder.encode_items(item_text(catalog))[index.item_rows], index.offsets)
-    return Retriever(model, builder, trie, index, table, encoder, support="trie" if sharpness else "level")
+@pytest.fixture(scope="module")
+def make_retriever(untrained_retriever):
+    """25 SIDs, of which the first `published` items are in the base."""
+
+    def make(*, sharpness: float, lexical: float, published: int = PUBLISHED) -> Retriever:
+        sids = np.arange(25)
+        table = SidTable(SidSpace((5, 5, 1)), np.stack([sids // 5, sids % 5, 0 * sids], axis=1).astype(np.int32), SID_OF[:published])
+        return untrained_retriever(table, np.arange(published, dtype=np.float64), sharpness=sharpness, lexical=lexical, counted=PUBLISHED)
+
+    return make
 
 
 def with_later_items(retriever: Retriever, catalog, encoder) -> SegmentedIndex:
@@ -70,10 +43,10 @@ KINDS = {"plain": (0.0, 0.0), "guided": (8.0, 0.0), "worded": (8.0, 3.0)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_expansion_is_that_of_a_retriever_rebuilt_with_all_items(kind, catalog, encoder):
+def test_expansion_is_that_of_a_retriever_rebuilt_with_all_items(make_retriever, kind, catalog, encoder):
     sharpness, lexical = KINDS[kind]
-    small = make_retriever(catalog, encoder, sharpness=sharpness, lexical=lexical)
-    rebuilt = make_retriever(catalog, encoder, sharpness=sharpness, lexical=lexical, published=50)
+    small = make_retriever(sharpness=sharpness, lexical=lexical)
+    rebuilt = make_retriever(sharpness=sharpness, lexical=lexical, published=50)
     changed = small.with_index(with_later_items(small, catalog, encoder))
     found = small.generate(["red lamp", "grey carpet"], ["f", None], [None] * 2, [NO_HISTORY] * 2, beam_size=25)
     for row in range(2):
@@ -85,8 +58,8 @@ def test_expansion_is_that_of_a_retriever_rebuilt_with_all_items(kind, catalog, 
         assert small.expand(*found.of(row), 50).item_rows.max() < PUBLISHED  # the one it came from is as it was
 
 
-def test_what_delisted_items_leave_behind_shares_their_sids_probability(catalog, encoder):
-    retriever = make_retriever(catalog, encoder, sharpness=8.0, lexical=3.0)
+def test_what_delisted_items_leave_behind_shares_their_sids_probability(make_retriever, catalog, encoder):
+    retriever = make_retriever(sharpness=8.0, lexical=3.0)
     gone = np.array([3, 10, 41])  # 3 and 10 are all of SID 10, 41 is one of two
     changed = retriever.with_index(with_later_items(retriever, catalog, encoder).without(gone))
     found = retriever.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=25).of(0)
@@ -97,8 +70,8 @@ def test_what_delisted_items_leave_behind_shares_their_sids_probability(catalog,
     assert by_sid[found[0]] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_later_item_in_the_history_counts_as_its_sid(catalog, encoder):
-    retriever = make_retriever(catalog, encoder, sharpness=0.0, lexical=0.0)
+def test_a_later_item_in_the_history_counts_as_its_sid(make_retriever, catalog, encoder):
+    retriever = make_retriever(sharpness=0.0, lexical=0.0)
     changed = retriever.with_index(with_later_items(retriever, catalog, encoder))
     later = 44
     twin = int(np.flatnonzero(SID_OF[:PUBLISHED] == SID_OF[later])[0])
@@ -109,8 +82,8 @@ def test_a_later_item_in_the_history_counts_as_its_sid(catalog, encoder):
     assert scores[0] == scores[1] != scores[2] == scores[3]
 
 
-def test_a_compacted_index_takes_the_compacted_trie(catalog, encoder):
-    retriever = make_retriever(catalog, encoder, sharpness=8.0, lexical=0.0)
+def test_a_compacted_index_takes_the_compacted_trie(make_retriever, catalog, encoder):
+    retriever = make_retriever(sharpness=8.0, lexical=0.0)
     index = with_later_items(retriever, catalog, encoder).without(np.array([5, 45]))
     with pytest.raises(RetrieverError, match=r"the vectors of 40 items, the index 48 postings; .* needs SegmentedIndex\.compacted_trie"):
         retriever.with_index(index.compacted())
@@ -121,12 +94,12 @@ def test_a_compacted_index_takes_the_compacted_trie(catalog, encoder):
     assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
 
-def test_later_items_without_what_guidance_reads_are_refused(catalog, encoder):
+def test_later_items_without_what_guidance_reads_are_refused(make_retriever, encoder):
     one, vector = (np.zeros(1, np.int32), np.zeros(1)), np.zeros((1, encoder.dim))
     for lexical, given, missing in ((0.0, {}, "vectors"), (3.0, {"vectors": vector}, "tokens")):
-        retriever = make_retriever(catalog, encoder, sharpness=8.0, lexical=lexical)
+        retriever = make_retriever(sharpness=8.0, lexical=lexical)
         with pytest.raises(RetrieverError, match=rf"the 1 later items need their {missing}; give them to SegmentedIndex\.added"):
             retriever.with_index(SegmentedIndex(retriever.index).added(*one, **given))
-    make_retriever(catalog, encoder, sharpness=8.0, lexical=0.0).with_index(SegmentedIndex(retriever.index).added(*one, vectors=vector))
-    plain = make_retriever(catalog, encoder, sharpness=0.0, lexical=0.0)
+    make_retriever(sharpness=8.0, lexical=0.0).with_index(SegmentedIndex(retriever.index).added(*one, vectors=vector))
+    plain = make_retriever(sharpness=0.0, lexical=0.0)
     plain.with_index(SegmentedIndex(plain.index).added(*one))
