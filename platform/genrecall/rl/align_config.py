@@ -36,6 +36,7 @@ class AlignConfig:
             unlikely answers are in more groups than their probability says, so group means (reward, KL, entropy, and the baseline of the
             advantage) lean toward them and the gradient is no unbiased estimate of the policy's. The ratio stays that of one independent draw; the
             reweighting of arXiv:1903.06059 (section 4.2) is left out. `unique_sids` then says nothing about collapse.
+        query_vector_drop: the encoder reads a copy of each request's query with words missing and misspelt at this rate, as in `GeneratorConfig`; 0: the query.
         updates_per_rollout: optimizer steps on each step's groups.
         max_staleness: steps by which rollouts may lag behind the weights they update; 0 is synchronous.
         rollout_actors, cpus_per_rollout, gpus_per_rollout, cpus_for_reward: the actors and what each reserves.
@@ -52,6 +53,7 @@ class AlignConfig:
     expert_draw: tuple[float, float, float] = (4.0, 2.0, 0.1)
     support: Literal["level", "trie"] = "trie"
     distinct_samples: bool = False
+    query_vector_drop: float = 0.0
     learning_rate: float = 5e-5
     warmup_steps: int = 5
     weight_decay: float = 0.0
@@ -76,6 +78,8 @@ class AlignConfig:
         found += [f"{name}: expected above 0, got {getattr(self, name)}" for name in positive if getattr(self, name) <= 0]
         resources = ("cpus_per_rollout", "gpus_per_rollout", "cpus_for_reward", "weight_decay")
         found += [f"{name}: expected at least 0, got {getattr(self, name)}" for name in resources if getattr(self, name) < 0]
+        if not 0 <= self.query_vector_drop <= 1:
+            found.append(f"query_vector_drop: expected between 0 and 1, got {self.query_vector_drop}")
         if self.num_experts >= self.group_size:
             found.append(f"num_experts: expected fewer than group_size ({self.group_size}), so that the policy samples too, got {self.num_experts}")
         if min(self.expert_draw) < 0 or max(self.expert_draw) == 0:

@@ -154,7 +154,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
     if not len(eligible):
         raise AlignError(f"{dataset.uri}: no training request has an exposed or clicked item with a SID, so there is no feedback to learn from")
     encoder = load_encoder(encoder_artifact.path)
-    prompts = RequestPrompts(PromptBuilder.load(generator.path), table, encoder, requests)
+    prompts = RequestPrompts(PromptBuilder.load(generator.path), table, encoder, requests, vector_drop=config.query_vector_drop, seed=config.seed)
     head = frequent_queries(requests.queries)
     stage_folder = generator.file(config.start_stage)
     model, reference = Decoder.from_pretrained(stage_folder), Decoder.from_pretrained(stage_folder).eval()

@@ -8,6 +8,7 @@ Shapes: B requests, G answers per request, T anchors per request (0 without an a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from genrecall.data.interactions import Requests
 from genrecall.encoders.text_encoder import TextEncoder
+from genrecall.generator.corruption import corrupt
 from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder, Prompts
@@ -149,23 +151,34 @@ def draw_requests(eligible: NDArray[np.int64], *, seed: int, step: int, count: i
 
 
 class RequestPrompts:
-    """Prompts of training requests, as the retriever makes them when it serves.
+    """Prompts of training requests, as the retriever makes them when it serves but for `vector_drop`.
 
     Args:
         builder, table, encoder: of the generator, its SID index and its encoder.
         requests: the training requests.
+        vector_drop: a query's vector is that of a copy of it with each word missing (and misspelt) at this rate, as in supervised training: the
+            encoder knows the training queries by heart. 0: as served.
+        seed: of these copies, the same one whenever a request comes.
     """
 
-    def __init__(self, builder: PromptBuilder, table: SidTable, encoder: TextEncoder, requests: Requests) -> None:
+    def __init__(self, builder: PromptBuilder, table: SidTable, encoder: TextEncoder, requests: Requests, *, vector_drop: float = 0.0, seed: int = 0) -> None:
         self._builder, self._table, self._encoder, self._requests = builder, table, encoder, requests
+        self._vector_drop, self._seed = vector_drop, seed
 
     def of(self, rows: NDArray[np.int64]) -> Prompts:
         """The prompts of some requests, on the CPU."""
         chosen = self._requests.take(rows)
         uses_vectors = self._builder.soft_prompt or self._builder.level1_centroids is not None
-        vectors = self._encoder.encode_queries(chosen.queries) if uses_vectors else None
+        vectors = self._encoder.encode_queries(self._seen(rows, chosen.queries)) if uses_vectors else None
         histories = [self._table.tokens_of_items(history) for history in chosen.history]
         return self._builder.request_prompts(chosen.queries, chosen.genders, chosen.age_bands, histories, vectors)
+
+    def _seen(self, rows: NDArray[np.int64], queries: Sequence[str]) -> Sequence[str]:
+        """What the encoder reads in place of the queries."""
+        if not self._vector_drop:
+            return queries
+        randoms = (np.random.default_rng((self._seed, 17, int(row))) for row in rows)
+        return [corrupt(query, random, drop=self._vector_drop, misspelling_rate=self._vector_drop) for query, random in zip(queries, randoms, strict=True)]
 
 
 def frequent_queries(queries: list[str]) -> NDArray[np.bool_]:
