@@ -98,8 +98,9 @@ def test_tuning_tries_different_settings_of_eg_grpo_on_validation_requests(bench
     assert len(set(tried.values())) == len(tried)
     assert {one.num_experts for one in tried.values()} == {2}
     assert {one.learning_rate for one in tried.values()} == {2e-5, 5e-5, 1e-4, 2e-4}
-    assert tried["rate_2e-4_kl_0.1"].objective.kl_weight == 0.1
-    assert (tried["wider_half_read_clicks"].requests_per_step, tried["wider_half_read_clicks"].query_vector_drop) == (96, 0.35)
+    assert tried["kl0.1_rate0.0002_60x48"].objective.kl_weight == 0.1
+    one = tried["half_read_rate0.0001_300x96"]
+    assert (one.learning_rate, one.steps, one.requests_per_step, one.query_vector_drop) == (1e-4, 300, 96, 0.35)
 
 
 class PretendPipeline:
@@ -196,7 +197,7 @@ def test_row_is_measured_again_where_its_artifacts_changed_or_its_file_was_left_
 
 def test_tuning_leaves_the_grids_files_alone(bench: ModuleType, run: Any, tmp_path: Path) -> None:
     run()
-    row = "rate_2e-4"
+    row = "plain_rate0.0002_60x48"
     assert run(["stage3", row], bench.TUNE) == ["stage3", row]
     home = tmp_path / "eg_grpo/marketplace/seed0"
     assert {path.stem for path in (home / "measured").glob("*.json")} == {"stage3", "grpo_k0", "eg_grpo_k2"}
@@ -369,7 +370,7 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
     assert "step_speedup" not in text
     assert "| GRPO (K = 0) | +50.00 % (" in text
 
-    tuned = "rate_5e-5"
+    tuned = "plain_rate5e-05_60x48"
     write_row(bench.Cell("marketplace", 0).home(home), "stage3", [1, 0, 1], folder="measured_validation")
     write_row(bench.Cell("marketplace", 0).home(home), tuned, [1, 0, 0], folder="measured_validation", **ALIGNED)
     bench.collect(bench.TUNE, ["marketplace"], [0], home, output)
@@ -406,6 +407,6 @@ def test_unknown_row_and_tuning_on_home_depot_are_refused(bench: ModuleType, cap
 
 
 def test_cells_process_gets_the_rows_and_the_plan(bench: ModuleType) -> None:
-    command = bench.cell_command(bench.Cell("tiny", 3), plan=bench.TUNE, rows=["stage3", "rate_5e-5"])
-    assert command[2:] == ["--cell", "tiny", "3", "--tune", "--rows", "stage3", "rate_5e-5"]
+    command = bench.cell_command(bench.Cell("tiny", 3), plan=bench.TUNE, rows=["stage3", "plain_rate5e-05_60x48"])
+    assert command[2:] == ["--cell", "tiny", "3", "--tune", "--rows", "stage3", "plain_rate5e-05_60x48"]
     assert "--tune" not in bench.cell_command(bench.Cell("tiny", 3), plan=bench.GRID, rows=["stage3"])
