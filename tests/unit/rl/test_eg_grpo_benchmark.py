@@ -49,7 +49,7 @@ def aligned_configs(bench: ModuleType, rows: Mapping[str, tuple[str, ...]], data
 
 @pytest.mark.parametrize("dataset", ["marketplace", "home_depot", "tiny"])
 def test_rows_are_the_recipes_alignment_but_for_what_they_are_about(bench: ModuleType, dataset: str) -> None:
-    recommended = RECIPES[dataset]().align
+    recommended = apply_overrides(RECIPES[dataset](), bench.DATA[dataset]).align
     assert recommended is not None
     found = aligned_configs(bench, bench.ROWS, dataset)
     assert list(found) == [
