@@ -2,7 +2,7 @@
 
 Records are those of `paired_records`. Tables: `alignment` (rows on SID lists of ten, in parts `METRIC` and `METRIC_gain_vs_ROW`), `cost` (means over
 seeds, from the least to the most), `outcome` and `outcome_alone` (per shopper: our channel beside the site's, and by itself) and `tuning` (as
-`alignment`, on validation requests). The row `all` says how many requests or shoppers were measured.
+`alignment`, on validation requests); `throughput` is taken over from `rl.json`. The row `all` says how many requests or shoppers were measured.
 
 Shapes: T seeds, R requests, U shoppers.
 """
@@ -228,6 +228,9 @@ def rebuild(plan: Plan, homes: Mapping[str, Mapping[str, Path]], commands: Mappi
             gone += [(dataset, table) for table in TABLES_OF[plan.name]]
     if not gone:
         return None
+    if steps := whole_steps(output / "rl.json"):
+        fresh += steps
+        gone.append(("synthetic", "throughput"))
     file = output / "eg_grpo.json"
     records = merged(fresh, json.loads(file.read_text()) if file.exists() else [], gone)
     text = markdown(records)
@@ -235,6 +238,13 @@ def rebuild(plan: Plan, homes: Mapping[str, Mapping[str, Path]], commands: Mappi
     file.write_text(to_json(records))
     (output / "eg_grpo.md").write_text(text)
     return text
+
+
+def whole_steps(file: Path) -> list[Record]:
+    """What `rl.py` measured of a whole alignment step, as records of these tables; none where it has not been run."""
+    found = json.loads(file.read_text()) if file.exists() else []
+    names = ("table", "row", "metric", "value", "low", "high", "command", "commit")
+    return [{name: record[name] for name in names} | {"dataset": "synthetic", "seeds": 1} for record in found if record["table"] == "throughput"]
 
 
 def markdown(records: Sequence[Record]) -> str:

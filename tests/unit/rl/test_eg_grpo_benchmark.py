@@ -338,6 +338,23 @@ def test_collecting_refuses_seeds_measured_on_different_requests(bench: ModuleTy
         tables.read_measured(bench.GRID, homes)
 
 
+def test_whole_steps_are_taken_over_from_the_benchmark_that_times_them(bench: ModuleType, tmp_path: Path) -> None:
+    write_row(bench.Cell("marketplace", 0).home(tmp_path / "home"), "stage3", [1, 0, 1])
+    figures = {"value": 9.5, "low": 9.0, "high": 10.0, "command": "python benchmarks/rl.py", "commit": "abc1234"}
+    timed = [
+        {"table": "throughput", "row": "16 prompts", "metric": "step_speedup_vs_trl_style", "machine": "any", **figures},
+        {"table": "rl", "row": "16 prompts", "metric": "ours_ms", "machine": "any", **figures},
+    ]
+    output = tmp_path / "results"
+    output.mkdir()
+    (output / "rl.json").write_text(json.dumps(timed))
+    for _ in range(2):
+        bench.collect(bench.GRID, ["marketplace"], [0], tmp_path / "home", output)
+    found = [record for record in json.loads((output / "eg_grpo.json").read_text()) if record["table"] == "throughput"]
+    assert found == [{"table": "throughput", "row": "16 prompts", "metric": "step_speedup_vs_trl_style", "dataset": "synthetic", "seeds": 1, **figures}]
+    assert set(found[0]) == KEYS
+
+
 def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
     bench: ModuleType, tables: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,7 +367,7 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
         write_row(cell, "grpo_k0", [1, 1, 1], **ALIGNED)
     write_row(bench.Cell("marketplace", 0).home(home), "eg_grpo_k2", [1, 1, 1], **ALIGNED)
     kept = [
-        {"table": "throughput", "row": "packed", "metric": "step_speedup_vs_trl_style", "value": 9.5},  # another benchmark's
+        {"table": "other", "row": "packed", "metric": "speedup", "value": 9.5},  # another benchmark's
         {"table": "alignment", "dataset": "home_depot", "row": "stage3", "metric": "clk@1", "value": 0.1, "low": None, "high": None, "seeds": 3},
     ]
     kept[1] |= {"command": "python benchmarks/eg_grpo.py --datasets home_depot", "commit": "abc1234"}
@@ -367,7 +384,7 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
     }
     text = (output / "eg_grpo.md").read_text()
     assert text.index("## Marketplace") < text.index("## Home Depot")
-    assert "step_speedup" not in text
+    assert "speedup" not in text
     assert "| GRPO (K = 0) | +50.00 % (" in text
 
     tuned = "plain_rate5e-05_60x48"
