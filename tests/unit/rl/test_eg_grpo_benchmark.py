@@ -339,7 +339,8 @@ def test_collecting_refuses_seeds_measured_on_different_requests(bench: ModuleTy
 
 
 def test_whole_steps_are_taken_over_from_the_benchmark_that_times_them(bench: ModuleType, tmp_path: Path) -> None:
-    write_row(bench.Cell("marketplace", 0).home(tmp_path / "home"), "stage3", [1, 0, 1])
+    for row, more in (("stage3", {}), ("grpo_k0", ALIGNED)):
+        write_row(bench.Cell("marketplace", 0).home(tmp_path / "home"), row, [1, 0, 1], **more)
     figures = {"value": 9.5, "low": 9.0, "high": 10.0, "command": "python benchmarks/rl.py", "commit": "abc1234"}
     timed = [
         {"table": "throughput", "row": "16 prompts", "metric": "step_speedup_vs_trl_style", "machine": "any", **figures},
