@@ -64,15 +64,23 @@ class OverloadedError(RuntimeError):
     """The backend has as much work as it takes, or the answer would come too late."""
 
 
+class LateError(OverloadedError):
+    """The request's deadline passed before its turn came."""
+
+
+class VersionNotLoadedError(ValueError):
+    """A request asks for a version that is not loaded, or for one where it cannot be chosen."""
+
+
 class Backend(Protocol):
     """What the routes need."""
 
     async def recall(self, request: RecallRequest) -> RecallResponse:
-        """Answer a request, or raise OverloadedError."""
+        """Answer a request, or raise OverloadedError or VersionNotLoadedError."""
         ...
 
     async def recall_batch(self, requests: Sequence[RecallRequest]) -> list[RecallResponse]:
-        """Answer requests in order, all by one version, or raise OverloadedError."""
+        """Answer requests in order, all by one version, or raise OverloadedError or VersionNotLoadedError."""
         ...
 
     async def change_items(self, changes: ItemsRequest) -> ItemsAccepted:
@@ -113,9 +121,14 @@ class Gate:
             await send(message)
 
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if barred := self._barred(path, Headers(scope=scope)):
-            await barred(scope, receive, send_marked)
-            return
+        if path not in OPEN_PATHS:
+            headers = Headers(scope=scope)
+            given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            if barred := key_refusal(given.encode("latin-1"), self._admin_keys if path in ADMIN_PATHS else self._keys, admin=path in ADMIN_PATHS):
+                status, error = barred
+                marked = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+                await _refusal(status, error.error, error.problems, marked)(scope, receive, send_marked)
+                return
         most = LARGER_BODIES.get(path, MAX_BODY_BYTES)
         body = await _read_body(Headers(scope=scope), receive, most)
         if body is None:
@@ -135,21 +148,23 @@ class Gate:
 
         await self._app(scope, replay, send_marked)
 
-    def _barred(self, path: str, headers: Headers) -> JSONResponse | None:
-        """The refusal of a request without the key that its path asks for."""
-        admin = path in ADMIN_PATHS
-        if admin and (self._admin_keys is None or not self._admin_keys.required):
-            message = f"put an admin key into admin_keys_file or {ADMIN_KEYS_VARIABLE} where the server runs"
-            return _refusal(403, "no admin key is configured", [Problem(field="X-API-Key", message=message)])
-        keys = self._admin_keys if admin else self._keys
-        if keys is None or not keys.required or path in OPEN_PATHS:
-            return None
-        given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-        if keys.accept(given.encode("latin-1")):
-            return None
-        kind = "admin key" if admin else "key"
-        problem = Problem(field="X-API-Key", message=f"send a valid {kind} in X-API-Key or as a Bearer token")
-        return _refusal(401, f"no valid {'admin' if admin else 'API'} key", [problem], {"WWW-Authenticate": "Bearer"})
+
+def key_refusal(given: bytes, keys: ApiKeys | None, *, admin: bool) -> tuple[int, ErrorResponse] | None:
+    """Why a request is refused for the key that it gives: the status and the words; None where it is not.
+
+    Args:
+        given: the key, empty where there is none.
+        keys: those that are accepted; without any, everybody may ask and nobody may change the catalogue.
+        admin: whether an admin key is asked for.
+    """
+    if admin and (keys is None or not keys.required):
+        message = f"put an admin key into admin_keys_file or {ADMIN_KEYS_VARIABLE} where the server runs"
+        return 403, ErrorResponse(error="no admin key is configured", problems=[Problem(field="X-API-Key", message=message)])
+    if keys is None or not keys.required or keys.accept(given):
+        return None
+    kind = "admin key" if admin else "key"
+    problem = Problem(field="X-API-Key", message=f"send a valid {kind} in X-API-Key or as a Bearer token")
+    return 401, ErrorResponse(error=f"no valid {'admin' if admin else 'API'} key", problems=[problem])
 
 
 async def _read_body(headers: Headers, receive: Receive, most: int) -> bytearray | None:
@@ -182,7 +197,7 @@ def create_app(backend_of: Callable[[], Backend], keys: ApiKeys, admin_keys: Api
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _refusal(422, "invalid request", [_problem(one) for one in error.errors()])
+        return _refusal(422, "invalid request", [problem_of(one) for one in error.errors()])
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -192,6 +207,10 @@ def create_app(backend_of: Callable[[], Backend], keys: ApiKeys, admin_keys: Api
     @app.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
         return _refusal(503, str(error), [], {"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(VersionNotLoadedError)
+    async def not_loaded(_: Request, error: VersionNotLoadedError) -> JSONResponse:
+        return _refusal(422, "invalid request", [Problem(field="version", message=str(error))])
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:
@@ -264,7 +283,7 @@ def _page(name: str) -> str:
     return resources.files("genrecall.serving").joinpath(name).read_text()
 
 
-def _problem(error: Any) -> Problem:
+def problem_of(error: Any) -> Problem:
     """One validation error as we report it: the field by its dotted path, never the value that came."""
     if error["type"] == "json_invalid":
         return Problem(field="body", message=f"not JSON: {error.get('ctx', {}).get('error', 'cannot be parsed')} at character {error['loc'][-1]}")

@@ -1,7 +1,8 @@
 """A client of the recall API: connections that stay open, retries of what a retry can mend, answers as the API's own messages.
 
-Needs nothing but the standard library and pydantic. Tried again: 503 (waiting as long as Retry-After says) and connections that fail or break; all
-requests here are reads, so that asking twice does no harm. A timeout is not tried again: whoever waits for the answer has gone on.
+Needs nothing but the standard library and pydantic. Tried again: 503 (waiting as long as Retry-After says), connections that fail or break, and a 500 that is
+not the API's own, which Serve's proxy gives for a replica that died; asking twice does no harm, and neither does sending the same changes of the catalogue twice.
+A timeout is not tried again: whoever waits for the answer has gone on.
 """
 
 from __future__ import annotations
@@ -10,21 +11,27 @@ import http.client
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from genrecall.serving.messages import (
     ErrorResponse,
     Filters,
+    ItemsAccepted,
+    ItemsRequest,
+    ItemUpsert,
+    Message,
     ModelInfo,
     Problem,
     RecallBatchRequest,
     RecallBatchResponse,
     RecallRequest,
     RecallResponse,
+    Role,
     Shopper,
 )
 
@@ -32,14 +39,20 @@ MAX_WAIT_S = 5.0
 """Longest wait between two attempts, whatever Retry-After says."""
 
 _FIRST_WAIT_S = 0.05
-_Answer = TypeVar("_Answer", bound=BaseModel)
+_ROUTES = {
+    "recall": ("POST", "/v1/recall"),
+    "recall_batch": ("POST", "/v1/recall/batch"),
+    "model": ("GET", "/v1/model"),
+    "change_items": ("POST", "/v1/items"),
+}
+Answer = TypeVar("Answer", bound=Message)
 
 
 class RecallError(RuntimeError):
     """The channel gave no answer; go on with the site's others.
 
     Attributes:
-        status: of the last answer; None where there was none.
+        status: of the last answer, as over HTTP; None where there was none.
         problems: the wrong fields, where the request was refused for them.
     """
 
@@ -49,38 +62,59 @@ class RecallError(RuntimeError):
         self.problems = tuple(problems)
 
 
-class RecallClient:
-    """Asks one server; for any number of threads, each with a connection of its own.
+class AskAgain(Exception):
+    """An attempt failed in a way that another may not.
 
-    Args:
-        url: of the server, e.g. `http://127.0.0.1:8000`, with the prefix that the application is mounted at.
-        api_key: sent in X-API-Key; never part of a message or of `repr`.
-        timeout_s: for connecting, and again for each wait for bytes, of one attempt.
-        retries: attempts after the first.
-
-    Raises:
-        ValueError: a URL of another kind, credentials in the URL, a key that no header can carry, or a number out of range.
+    Attributes:
+        failure: what to raise if there is no other attempt.
+        after_s: seconds that the server asks to wait.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout_s: float = 2.0, retries: int = 2) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("url: expected http://HOST:PORT or https://HOST:PORT, perhaps with a path")
-        if parts.username is not None or parts.password is not None:
-            raise ValueError("url: holds credentials; give the key as api_key")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ValueError("api_key: expected printable ASCII characters; is there a line's end in it?")
+    def __init__(self, failure: RecallError, after_s: float | None = None) -> None:
+        super().__init__(str(failure))
+        self.failure, self.after_s = failure, after_s
+
+
+class RecallCalls(ABC):
+    """What one asks a server, however it is reached; `RecallClient` goes over HTTP, `grpc_client.GrpcRecallClient` over gRPC.
+
+    Args:
+        timeout_s: of one attempt.
+        retries: attempts after the first.
+        keys: API key and admin key, either of which may be None.
+
+    Raises:
+        ValueError: a key that no header can carry, or a number out of range.
+    """
+
+    def __init__(self, *, timeout_s: float, retries: int, keys: Mapping[str, str | None]) -> None:
+        for name, key in keys.items():
+            if key is not None and not (key.isascii() and key.isprintable()):
+                raise ValueError(f"{name}: expected printable ASCII characters; is there a line's end in it?")
         if timeout_s <= 0 or retries < 0:
             raise ValueError(f"expected a timeout_s above 0 and retries of at least 0, got {timeout_s} and {retries}")
-        self.url = url.rstrip("/")
         self.timeout_s, self.retries = timeout_s, retries
-        self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
-        self._headers = {"Content-Type": "application/json"} | ({} if api_key is None else {"X-API-Key": api_key})
-        self._local = threading.local()
+        self._may_change = keys.get("admin_key") is not None
 
-    def __repr__(self) -> str:
-        return f"RecallClient({self.url!r})"
+    @abstractmethod
+    def _attempt(self, call: str, message: Message | None, kind: type[Answer]) -> Answer:
+        """The answer to one of `recall`, `recall_batch`, `model` and `change_items`, asked once.
+
+        Raises:
+            AskAgain: there is none now.
+            RecallError: there is none.
+        """
+
+    def _ask(self, call: str, message: Message | None, kind: type[Answer]) -> Answer:
+        for attempt in range(self.retries + 1):
+            try:
+                return self._attempt(call, message, kind)
+            except AskAgain as again:
+                if attempt == self.retries:
+                    raise again.failure from again.failure.__cause__
+                wait_s = random.uniform(0.5, 1.0) * _FIRST_WAIT_S * 2**attempt if again.after_s is None else again.after_s
+                time.sleep(min(wait_s, MAX_WAIT_S))
+        raise AssertionError("retries are at least 0")
 
     def recall(
         self,
@@ -93,6 +127,7 @@ class RecallClient:
         limit: int = 100,
         explain: bool = False,
         deadline_ms: int | None = None,
+        version: Role | None = None,
     ) -> RecallResponse:
         """The items for a query, best first; the fields are those of `RecallRequest`.
 
@@ -109,21 +144,67 @@ class RecallClient:
             limit=limit,
             explain=explain,
             deadline_ms=deadline_ms,
+            version=version,
         )
-        return self._ask("POST", "/v1/recall", request, RecallResponse)
+        return self._ask("recall", request, RecallResponse)
 
     def recall_batch(self, requests: Sequence[RecallRequest]) -> list[RecallResponse]:
         """Answers to up to 64 requests, in order and all by one version; errors as for `recall`."""
-        return self._ask("POST", "/v1/recall/batch", RecallBatchRequest(requests=list(requests)), RecallBatchResponse).answers
+        return self._ask("recall_batch", RecallBatchRequest(requests=list(requests)), RecallBatchResponse).answers
 
     def model(self) -> ModelInfo:
         """What is being served; raises RecallError."""
-        return self._ask("GET", "/v1/model", None, ModelInfo)
+        return self._ask("model", None, ModelInfo)
+
+    def change_items(self, upsert: Sequence[ItemUpsert | Mapping[str, Any]] = (), delist: Sequence[str] = ()) -> ItemsAccepted:
+        """Add or change items and take others out, whole or not at all; the fields of a record are those of `ItemUpsert`.
+
+        Answered once the changes are on disk: answers whose `versions.catalog_seq` is at least the one returned know them.
+
+        Raises:
+            ValueError: the client was made without an admin key; nothing was sent.
+            RecallError: no answer, after the retries; send the same changes again.
+            pydantic.ValidationError: a field that the API would refuse; nothing was sent.
+        """
+        if not self._may_change:
+            raise ValueError("admin_key: changes of the catalogue need one, and the client was made without")
+        changes = ItemsRequest(upsert=[ItemUpsert.model_validate(one) for one in upsert], delist=list(delist))
+        return self._ask("change_items", changes, ItemsAccepted)
+
+
+class RecallClient(RecallCalls):
+    """Asks one server; for any number of threads, each with a connection of its own.
+
+    Args:
+        url: of the server, e.g. `http://127.0.0.1:8000`, with the prefix that the application is mounted at.
+        api_key, admin_key: sent in X-API-Key, the latter with changes of the catalogue; never part of a message or of `repr`.
+        timeout_s: for connecting, and again for each wait for bytes, of one attempt.
+        retries: attempts after the first.
+
+    Raises:
+        ValueError: a URL of another kind, credentials in the URL, a key that no header can carry, or a number out of range.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None, *, admin_key: str | None = None, timeout_s: float = 2.0, retries: int = 2) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("url: expected http://HOST:PORT or https://HOST:PORT, perhaps with a path")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("url: holds credentials; give the key as api_key")
+        super().__init__(timeout_s=timeout_s, retries=retries, keys={"api_key": api_key, "admin_key": admin_key})
+        self.url = url.rstrip("/")
+        self._connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._api_key, self._admin_key = api_key, admin_key
+        self._local = threading.local()
+
+    def __repr__(self) -> str:
+        return f"RecallClient({self.url!r})"
 
     def ready(self) -> bool:
         """Whether the server is there and ready, asked once."""
         try:
-            return self._attempt("GET", "/readyz", None)[0] == 200
+            return self._exchange("GET", "/readyz", None)[0] == 200
         except (OSError, http.client.HTTPException):
             return False
 
@@ -134,31 +215,26 @@ class RecallClient:
             self._local.connection = None
             connection.close()
 
-    def _ask(self, method: str, path: str, message: BaseModel | None, kind: type[_Answer]) -> _Answer:
+    def _attempt(self, call: str, message: Message | None, kind: type[Answer]) -> Answer:
+        method, path = _ROUTES[call]
         body = None if message is None else message.model_dump_json(exclude_none=True, exclude_defaults=True).encode()
-        failure = RecallError("not asked")
-        for attempt in range(self.retries + 1):
-            wait_s = random.uniform(0.5, 1.0) * _FIRST_WAIT_S * 2**attempt
-            try:
-                status, retry_after, text = self._attempt(method, path, body)
-            except TimeoutError as error:
-                raise RecallError(f"{self.url}{path}: no answer within {self.timeout_s} s") from error
-            except (OSError, http.client.HTTPException) as error:
-                failure = RecallError(f"{self.url}{path}: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-            else:
-                if status == 200:
-                    return _read(kind, text, f"{self.url}{path}")
-                failure = _refusal(f"{self.url}{path}", status, text)
-                if status != 503:
-                    break
-                if retry_after is not None:
-                    wait_s = retry_after
-            if attempt < self.retries:
-                time.sleep(min(wait_s, MAX_WAIT_S))
-        raise failure
+        where = f"{self.url}{path}"
+        try:
+            status, retry_after, text = self._exchange(method, path, body)
+        except TimeoutError as error:
+            raise RecallError(f"{where}: no answer within {self.timeout_s} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            failure = RecallError(f"{where}: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            raise AskAgain(failure) from error
+        if status == 200:
+            return _read(kind, text, where)
+        refusal, by_the_api = _refusal(where, status, text)
+        if status == 503 or (status == 500 and not by_the_api):
+            raise AskAgain(refusal, retry_after)
+        raise refusal
 
-    def _attempt(self, method: str, path: str, body: bytes | None) -> tuple[int, float | None, bytes]:
+    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, float | None, bytes]:
         """Status, seconds of Retry-After and body of one answer.
 
         Raises:
@@ -169,8 +245,10 @@ class RecallClient:
         if connection is None:
             connection = self._connect(self._host, self._port, timeout=self.timeout_s)
             self._local.connection = connection
+        key = self._admin_key if path == _ROUTES["change_items"][1] else self._api_key
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"X-API-Key": key})
         try:
-            connection.request(method, self._prefix + path, body=body, headers=self._headers)
+            connection.request(method, self._prefix + path, body=body, headers=headers)
             response = connection.getresponse()
             text = response.read()
         except TimeoutError:
@@ -179,7 +257,7 @@ class RecallClient:
         except (OSError, http.client.HTTPException):
             self.close()
             if kept:  # the server closed a connection that lay idle: no attempt of its own
-                return self._attempt(method, path, body)
+                return self._exchange(method, path, body)
             raise
         if response.will_close:
             self.close()
@@ -187,7 +265,7 @@ class RecallClient:
         return response.status, float(after) if after.isdecimal() else None, text
 
 
-def _read(kind: type[_Answer], text: bytes, where: str) -> _Answer:
+def _read(kind: type[Answer], text: bytes, where: str) -> Answer:
     try:
         # A newer server may say more.
         return kind.model_validate_json(text, extra="ignore")
@@ -195,10 +273,15 @@ def _read(kind: type[_Answer], text: bytes, where: str) -> _Answer:
         raise RecallError(f"{where}: not an answer of the recall API: {error.error_count()} fields are wrong or missing", 200) from error
 
 
-def _refusal(where: str, status: int, text: bytes) -> RecallError:
+def _refusal(where: str, status: int, text: bytes) -> tuple[RecallError, bool]:
+    """The error of an answer other than 200, and whether the API gave it, or something before it."""
     try:
-        found = ErrorResponse.model_validate_json(text, extra="ignore")
+        found, by_the_api = ErrorResponse.model_validate_json(text, extra="ignore"), True
     except ValidationError:
-        found = ErrorResponse(error=http.client.responses.get(status, "unknown"))
-    said = "; ".join([found.error, *(f"{one.field}: {one.message}" for one in found.problems)])
-    return RecallError(f"{where}: {status} {said}", status, found.problems)
+        found, by_the_api = ErrorResponse(error=http.client.responses.get(status, "unknown")), False
+    return RecallError(f"{where}: {status} {said(found)}", status, found.problems), by_the_api
+
+
+def said(error: ErrorResponse) -> str:
+    """A refusal in one line."""
+    return "; ".join([error.error, *(f"{one.field}: {one.message}" for one in error.problems)])

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment: engine, index and HTTP routes in one replica, one hop from the proxy.
+"""The Ray Serve deployment: engine, index, HTTP routes and gRPC calls in one replica, one hop from the proxy.
 
 Requests are batched; torch runs in its own thread, so that the event loop goes on taking requests; the alias is followed in
 another, and a verified other bundle replaces the present one between two batches.
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
+import ray
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
@@ -25,13 +26,17 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 from genrecall.registry.catalogue_log import CatalogueLogError, ItemRecord
 from genrecall.registry.versions import is_address
+from genrecall.serving import recall_pb2
 from genrecall.serving.answer_cache import AnswerCache, key_of
-from genrecall.serving.api import OverloadedError, create_app
+from genrecall.serving.api import LateError, OverloadedError, VersionNotLoadedError, create_app
 from genrecall.serving.api_keys import KEYS_VARIABLE, ApiKeyError, ApiKeys
+from genrecall.serving.batcher import Batcher
 from genrecall.serving.catalogue_gauges import CatalogueGauges
+from genrecall.serving.challenger import Challenger, follow_forever
+from genrecall.serving.grpc_routes import CallContext, GrpcRoutes
 from genrecall.serving.hot_swap import BundleFollower
 from genrecall.serving.live_catalogue import DriftLimits
-from genrecall.serving.messages import MAX_BEAM_SIZE, ItemsAccepted, ItemsRequest, ModelInfo, RecallRequest, RecallResponse
+from genrecall.serving.messages import MAX_BEAM_SIZE, ItemsAccepted, ItemsRequest, ModelInfo, RecallRequest, RecallResponse, Role
 from genrecall.serving.recall_service import ServedBundle, Waiting, answer_batch, answer_waiting
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
@@ -52,7 +57,7 @@ class RecallSettings(BaseModel):
         tracking_uri: of the MLflow registry; default: `MLFLOW_TRACKING_URI`, else the sqlite file in `GENRECALL_HOME`.
         bundle_cache: folder for bundles downloaded from a remote store.
         beam_sizes: widest, middle, narrowest; which one depends on how many requests wait.
-        max_batch_size, batch_wait_s: of the request batches.
+        max_batch_size: requests decoded together.
         max_waiting: requests a replica holds at a time; more get 503 with Retry-After. Below `max_ongoing_requests`.
         follow_s: seconds between two looks at the registry; 0: never.
         catalogue_folder: folder of the catalogue logs, one of each model's name, on a file system that all replicas share; default: `catalogue` in
@@ -72,7 +77,6 @@ class RecallSettings(BaseModel):
     bundle_cache: str | None = None
     beam_sizes: tuple[_BeamSize, _BeamSize, _BeamSize] = (100, 50, 20)
     max_batch_size: int = Field(default=16, ge=1, le=256)
-    batch_wait_s: float = Field(default=0.001, ge=0, le=1)
     max_waiting: int = Field(default=64, ge=1)
     follow_s: float = Field(default=10.0, ge=0)
     cache_entries: int = Field(default=0, ge=0, le=10_000_000)
@@ -111,6 +115,11 @@ class RecallSettings(BaseModel):
         )
 
 
+def _tags(*names: str) -> Any:
+    """Several tags of a metric: Ray declares `tuple[str]` and means any number."""
+    return names
+
+
 @serve.deployment(name="recall", max_ongoing_requests=128, max_queued_requests=256, ray_actor_options={"num_cpus": 1})
 @serve.ingress()
 class RecallDeployment:
@@ -130,23 +139,27 @@ class RecallDeployment:
             raise CatalogueLogError("there are admin keys and no place for the catalogue log: GENRECALL_HOME is no folder; set catalogue_folder")
         if not self._keys.required:
             refuse_open_port(*_http_binding())
+            refuse_open_grpc(_grpc_listens())
+        self._grpc = GrpcRoutes(lambda: self, self._keys, self._admin_keys)
         threads = self._settings.torch_threads
         torch.set_num_threads(threads)
         cache = Path(self._settings.bundle_cache) if self._settings.bundle_cache else None
         self._follower = BundleFollower(self._settings.model, tracking_uri, cache, Path(catalogues) if catalogues else None)
         self._served = self._follower.load()
+        self._challenger = Challenger(self._follower.of_challenger(self._served.version.name), self._settings.beam_sizes, threads)
         self._torch_thread = ThreadPoolExecutor(1, thread_name_prefix="torch", initializer=torch.set_num_threads, initargs=(threads,))
         self._cache = AnswerCache(self._settings.cache_entries, int(self._settings.cache_mb * 2**20))
         self._waiting = 0
         self._batch_began: float | None = None
-        self._answer_together.set_max_batch_size(self._settings.max_batch_size)  # type: ignore[attr-defined]  # added by serve.batch
-        self._answer_together.set_batch_wait_timeout_s(self._settings.batch_wait_s)  # type: ignore[attr-defined]
-        self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded, late or failed", tag_keys=("outcome",))
+        self._batcher: Batcher[Role, Waiting, RecallResponse | None] = Batcher(self._answer_together, self._settings.max_batch_size)
+        self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded, late or failed", tag_keys=_tags("outcome", "version"))
         self._degraded = Counter("genrecall_degraded", "answers that are less than was asked for, by reason", tag_keys=("reason",))
         self._looked_up = Counter("genrecall_cache", "requests looked up in the cache by outcome: hit or miss", tag_keys=("outcome",))
-        self._latency = Histogram("genrecall_latency_ms", "milliseconds by phase: whole, generate or expand", boundaries=_MILLISECONDS, tag_keys=("phase",))
+        self._latency = Histogram(
+            "genrecall_latency_ms", "milliseconds by phase: whole, generate or expand", boundaries=_MILLISECONDS, tag_keys=_tags("phase", "version")
+        )
         self._batch_size = Histogram("genrecall_batch_size", "requests decoded together", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
-        self._empty = Counter("genrecall_empty_answers", "answers without an item")
+        self._empty = Counter("genrecall_empty_answers", "answers without an item", tag_keys=("version",))
         self._swaps = Counter("genrecall_swaps", "bundles taken into service after the first")
         self._refused = Gauge("genrecall_refused", "1 while another version is refused, see GET /v1/model")
         self._version = Gauge("genrecall_model_version", "version number in service")
@@ -160,6 +173,9 @@ class RecallDeployment:
         logger.info("serving %s (%s)", self._served.version.text, self._follower.address)
         if self._settings.follow_s > 0:
             threading.Thread(target=self._follow, name="follower", daemon=True).start()
+        threading.Thread(
+            target=follow_forever, args=(self._challenger, lambda: self._served, self._settings.follow_s), name="challenger follower", daemon=True
+        ).start()
         if self._follower.log is not None:
             threading.Thread(target=self._follow_log, name="log follower", daemon=True).start()
 
@@ -167,34 +183,79 @@ class RecallDeployment:
         """The routes; Ray Serve asks for them once the replica is up."""
         return create_app(lambda: self, self._keys, self._admin_keys)
 
+    async def Recall(self, request: recall_pb2.RecallRequest, grpc_context: CallContext) -> recall_pb2.RecallResponse:
+        """The call of `recall.proto`; Ray Serve finds it by its name, and likewise the next three."""
+        return await self._grpc.recall(request, grpc_context)
+
+    async def RecallBatch(self, request: recall_pb2.RecallBatchRequest, grpc_context: CallContext) -> recall_pb2.RecallBatchResponse:
+        return await self._grpc.recall_batch(request, grpc_context)
+
+    async def Model(self, request: recall_pb2.ModelRequest, grpc_context: CallContext) -> recall_pb2.ModelInfo:
+        return await self._grpc.model(request, grpc_context)
+
+    async def ChangeItems(self, request: recall_pb2.ItemsRequest, grpc_context: CallContext) -> recall_pb2.ItemsAccepted:
+        return await self._grpc.change_items(request, grpc_context)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Ray Serve's call with a new `user_config`, while requests go on."""
+        self._challenger.configure(user_config)
+
     async def recall(self, request: RecallRequest) -> RecallResponse:
-        """Answer one request, from the cache or in a batch with those waiting beside it."""
+        """Answer one request by the version that it names or its share gives it to; where the challenger fails on a share's request, the champion answers."""
+        arrived = time.monotonic()
+        if request.version == "challenger":
+            if self._challenger.served is None:
+                raise VersionNotLoadedError("no challenger is loaded; leave the field out, or see challenger in GET /v1/model")
+            try:
+                return await self._recall("challenger", request, arrived)
+            except (OverloadedError, VersionNotLoadedError):
+                raise
+            except Exception as error:
+                logger.error("the challenger failed: %s: %s", type(error).__name__, error)
+                raise OverloadedError("the challenger failed; the server's log says more") from error
+        if request.version is None and self._challenger.canary_of(request):
+            try:
+                return await self._recall("challenger", request, arrived)
+            except OverloadedError:
+                raise
+            except Exception as error:  # the edge: whatever is wrong with the challenger, the champion answers
+                self._challenger.failed(error)
+        response = await self._recall("champion", request, arrived)
+        if request.version is None:
+            self._challenger.shadow(request, response)
+        return response
+
+    async def _recall(self, role: Role, request: RecallRequest, arrived: float) -> RecallResponse:
+        """Answer one request by the version in a role, from the cache or in a batch with those waiting beside it."""
         key = None
-        if self._cache.entries:
-            key = key_of(self._served, request)
+        served = self._served if role == "champion" else self._challenger.served
+        if self._cache.entries and served is not None:
+            key = key_of(served, request)
             kept = self._cache.get(key)
             self._looked_up.inc(tags={"outcome": "miss" if kept is None else "hit"})
             if kept is not None:
-                self._requests.inc(tags={"outcome": "ok"})
+                self._requests.inc(tags={"outcome": "ok", "version": role})
                 return kept
-        self._admit(1)
+        self._admit(1, role)
         started = time.perf_counter()
         outcome = "failed"
         try:
-            response: RecallResponse | None = await self._answer_together(Waiting(request, time.monotonic()))
+            response = await self._batcher.submit(role, Waiting(request, arrived))
             outcome = "late" if response is None else "ok"
         finally:
             self._waiting -= 1
-            self._requests.inc(tags={"outcome": outcome})
+            self._requests.inc(tags={"outcome": outcome, "version": role})
         if response is None:
-            raise OverloadedError("the deadline passed before the request's turn came")
+            raise LateError("the deadline passed before the request's turn came")
         self._observe(response, (time.perf_counter() - started) * 1e3)
         if key is not None:
             self._cache.put(key, response)
         return response
 
     async def recall_batch(self, requests: Sequence[RecallRequest]) -> list[RecallResponse]:
-        """Answer requests in order, all by the bundle in service now; the batcher's other batches may run in between."""
+        """Answer requests in order, all by the champion in service now; the batcher's other batches may run in between."""
+        if any(request.version == "challenger" for request in requests):
+            raise VersionNotLoadedError("expected champion in a batch; ask /v1/recall for the challenger's answers")
         self._admit(len(requests))
         served, arrived, started = self._served, time.monotonic(), time.perf_counter()
         outcome = "failed"
@@ -202,47 +263,49 @@ class RecallDeployment:
         try:
             for first in range(0, len(requests), self._settings.max_batch_size):
                 part = [Waiting(request, arrived) for request in requests[first : first + self._settings.max_batch_size]]
-                found = await self._in_torch_thread(served, part)
+                found = await self._in_torch_thread(served, part, len(part))
                 answers += [answer for answer in found if answer is not None]
                 if len(answers) < first + len(part):
                     outcome = "late"
-                    raise OverloadedError("the deadline of a request of the batch passed before its turn came")
+                    raise LateError("the deadline of a request of the batch passed before its turn came")
             outcome = "ok"
         finally:
             self._waiting -= len(requests)
-            self._requests.inc(len(requests), tags={"outcome": outcome})
+            self._requests.inc(len(requests), tags={"outcome": outcome, "version": "champion"})
         for answer in answers:
             self._observe(answer, (time.perf_counter() - started) * 1e3)
         return answers
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, role: Role = "champion") -> None:
         """Count requests as waiting; a batch larger than the queue is taken where nothing else waits."""
         if self._waiting and self._waiting + count > self._settings.max_waiting:
-            self._requests.inc(count, tags={"outcome": "overloaded"})
+            self._requests.inc(count, tags={"outcome": "overloaded", "version": role})
             raise OverloadedError("too many requests are waiting")
         self._waiting += count
 
     def _observe(self, response: RecallResponse, whole_ms: float) -> None:
-        timings = response.timings
+        timings, role = response.timings, response.versions.role
         for phase, milliseconds in (("whole", whole_ms), ("generate", timings.generate_ms), ("expand", timings.expand_ms)):
-            self._latency.observe(milliseconds, tags={"phase": phase})
+            self._latency.observe(milliseconds, tags={"phase": phase, "version": role})
         for reason in response.degraded_by:
             self._degraded.inc(tags={"reason": reason})
         if not response.items:
-            self._empty.inc()
+            self._empty.inc(tags={"version": role})
 
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.001)
-    async def _answer_together(self, waiting: list[Waiting]) -> list[RecallResponse | None]:
-        return await self._in_torch_thread(self._served, waiting)  # one reference for the whole batch: no answer mixes versions
+    async def _answer_together(self, role: Role, waiting: Sequence[Waiting], load: int) -> list[RecallResponse | None]:
+        served = self._served if role == "champion" else self._challenger.served  # one reference for the whole batch: no answer mixes versions
+        if served is None:
+            raise VersionNotLoadedError("the challenger was taken out of service")
+        return await self._in_torch_thread(served, waiting, load)
 
-    async def _in_torch_thread(self, served: ServedBundle, waiting: list[Waiting]) -> list[RecallResponse | None]:
+    async def _in_torch_thread(self, served: ServedBundle, waiting: Sequence[Waiting], load: int) -> list[RecallResponse | None]:
         self._batch_size.observe(len(waiting))
-        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._answer, served, waiting)
+        return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._answer, served, waiting, load)
 
-    def _answer(self, served: ServedBundle, waiting: list[Waiting]) -> list[RecallResponse | None]:
+    def _answer(self, served: ServedBundle, waiting: Sequence[Waiting], load: int) -> list[RecallResponse | None]:
         self._batch_began = time.monotonic()
         try:
-            return answer_waiting(served, waiting, self._settings.beam_sizes)
+            return answer_waiting(served, waiting, self._settings.beam_sizes, load=load)
         finally:
             self._batch_began = None
 
@@ -270,7 +333,8 @@ class RecallDeployment:
     def info(self) -> ModelInfo:
         """What is being served."""
         served = self._served
-        return served.info(self._follower.address, self._follower.refused).model_copy(update={"catalogue": self._catalogue.info(served.bundle)})
+        more = {"catalogue": self._catalogue.info(served.bundle), "challenger": self._challenger.info()}
+        return served.info(self._follower.address, self._follower.refused).model_copy(update=more)
 
     async def check_health(self) -> None:
         """Ray Serve's probe: fails where the engine hangs.
@@ -320,6 +384,7 @@ class RecallDeployment:
                     self._catalogue.followed()
                 except Exception as error:  # the edge: whatever is wrong with the log, what is loaded goes on serving
                     self._catalogue.failed(error)
+            self._challenger.follow_log()
 
 
 def refuse_open_port(host: str, behind_haproxy: bool) -> None:
@@ -335,6 +400,27 @@ def refuse_open_port(host: str, behind_haproxy: bool) -> None:
     if behind_haproxy or not loopback:
         where = "RAY_SERVE_ENABLE_HA_PROXY opens its ports on all interfaces" if behind_haproxy else f"http_options.host is {host}, open to the network"
         raise ApiKeyError(f"{where}, and there are no API keys; set api_keys_file or {KEYS_VARIABLE}, or bind 127.0.0.1")
+
+
+def refuse_open_grpc(listens: bool) -> None:
+    """Check that there are keys where Serve's gRPC proxy listens: it always binds all interfaces.
+
+    Raises:
+        ApiKeyError: it listens.
+    """
+    if listens:
+        message = "grpc_options opens a port on all interfaces, and there are no API keys"
+        raise ApiKeyError(f"{message}; set api_keys_file or {KEYS_VARIABLE}, or take the servicer functions out of grpc_options")
+
+
+def _grpc_listens() -> bool:
+    """Whether Serve has a gRPC proxy."""
+    from ray.serve.context import _get_global_client  # as below
+
+    client = _get_global_client()
+    assert client is not None, "a replica always has a controller"
+    options = ray.get(client._controller.get_grpc_config.remote())
+    return bool(options.port > 0 and options.grpc_servicer_functions)
 
 
 def _http_binding() -> tuple[str, bool]:

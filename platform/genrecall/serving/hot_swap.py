@@ -6,6 +6,7 @@ loaded, so that going back to it takes no time but that of the changes since.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
-from genrecall.registry.versions import CHAMPION, RegistryError, Version, fetch_bundle, open_registry, resolve
+from genrecall.registry.versions import CHALLENGER, CHAMPION, RegistryError, Version, fetch_bundle, open_registry, resolve
 from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.recall_service import ServedBundle
 
@@ -107,6 +108,39 @@ class BundleFollower:
             return None
         self.refused = self._refused_version = None
         self._previous = served
+        return found
+
+    def of_challenger(self, name: str) -> BundleFollower:
+        """A follower of the alias `challenger` of model `name`, for `optional`; it reads the same registry, cache and folder of the catalogue log."""
+        other = copy.copy(self)
+        other.address = f"models:/{name}@{CHALLENGER}"
+        other.refused = other._previous = other._refused_version = None
+        other.log = CatalogueLog(log_folder(self._catalogues, name)) if self._catalogues is not None else None  # its own: another thread reads it
+        return other
+
+    def optional(self, served: ServedBundle | None, champion: Version) -> ServedBundle | None:
+        """What an alias that need not be there means now, verified: `served` itself, another bundle in the role of challenger, or None where the alias is gone,
+        names the champion, or its version is refused. A registry that does not answer leaves `served`."""
+        try:
+            version = resolve(self.address, self._client)
+        except RegistryError:
+            self.refused = self._refused_version = None
+            return None
+        except Exception as error:  # the edge: as in `newer`
+            logger.warning("the registry does not answer, the challenger stays as it is: %s", error)
+            return served
+        if version == champion or (served is not None and version == served.version):
+            self.refused = self._refused_version = None
+            return None if version == champion else served
+        if version == self._refused_version and time.monotonic() - self._refused_at < RETRY_REFUSED_S:
+            return None
+        try:
+            found = dataclasses.replace(self._load(version), role="challenger")
+        except Exception as error:  # the edge: as in `newer`
+            self.refused, self._refused_version, self._refused_at = f"{version.text}: {error}", version, time.monotonic()
+            logger.error("no challenger, refused %s", self.refused)
+            return None
+        self.refused = self._refused_version = None
         return found
 
     def _load(self, version: Version) -> ServedBundle:

@@ -32,6 +32,9 @@ Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARACTERS)]
 ItemId = Annotated[str, Field(max_length=MAX_ITEM_ID_CHARACTERS)]
 
 
+Role = Literal["champion", "challenger"]
+
+
 class Message(BaseModel):
     """Base of all messages: no fields beyond those declared, no coercion of types."""
 
@@ -92,6 +95,9 @@ class RecallRequest(Message):
         description="milliseconds from the request's arrival after which nobody wants the answer. When its batch starts and less than half of them are left, "
         "the narrowest beam is used; when none are, the answer is 503",
     )
+    version: Role | None = Field(
+        default=None, description="which of the versions that are loaded is to answer; default: by the server's shares. In a batch: champion only"
+    )
 
 
 class RecallBatchRequest(Message):
@@ -147,6 +153,7 @@ class Versions(Message):
     model: str = Field(description="name/version in the model registry")
     bundle: str = Field(description="hash of the bundle")
     catalog_seq: int = Field(default=0, description="the last change of the catalogue that the answer knows, see POST /v1/items")
+    role: Role = Field(default="champion", description="as what it answered: the champion, or the challenger beside it")
 
 
 class Timings(Message):
@@ -222,6 +229,15 @@ class CatalogueInfo(Message):
     problem: str | None = Field(description="why the catalogue log is not followed, where that is so; answers stay as they are")
 
 
+class ChallengerInfo(Message):
+    """The version beside the champion."""
+
+    versions: Versions | None = Field(description="null where none is loaded: the alias is absent, names the champion, or was refused")
+    canary_share: float = Field(description="of the requests, answered by it")
+    shadow_share: float = Field(description="of the requests, answered by it too, for the metrics only")
+    refused: str | None = Field(description="why it was not taken, where that happened")
+
+
 class ModelInfo(Message):
     """What is being served."""
 
@@ -235,6 +251,7 @@ class ModelInfo(Message):
     genders: list[str] = Field(default=[], description="the values of shopper.gender that the generator knows")
     age_bands: list[str] = Field(default=[], description="the values of shopper.age_band that the generator knows")
     catalogue: CatalogueInfo | None = Field(default=None, description="null where the server follows no catalogue log")
+    challenger: ChallengerInfo | None = Field(default=None, description="null where the server's shares ask for none")
 
 
 def _can_be_kept(item_id: str) -> str:

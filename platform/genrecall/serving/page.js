@@ -7,8 +7,8 @@ const SHOPPER = { gender: "genders", age_band: "age_bands" };
 const MOST_SIDS = 50;
 const OPEN_BRANCHES = 3;
 
-// One column for each version that is asked: what it adds to the request. One for now.
-const COLUMNS = [{}];
+// One column for each version that is asked: what it adds to the request.
+let columns = [{}];
 
 function make(parent, tag, className, text) {
   const made = document.createElement(tag);
@@ -97,7 +97,7 @@ function showItems(column, answer) {
 function show(answer, milliseconds) {
   element("columns").append(element("column").content.cloneNode(true));
   const column = element("columns").lastElementChild;
-  column.querySelector(".name").textContent = answer.versions.model;
+  column.querySelector(".name").textContent = answer.versions.model + (columns.length > 1 ? ` · ${answer.versions.role}` : "");
   column.querySelector(".figures").textContent =
     `${answer.items.length} items from ${answer.sids.length} SIDs · beam ${answer.beam_size} · ` +
     `${answer.timings.generate_ms.toFixed(1)} ms generating · ${answer.timings.expand_ms.toFixed(1)} ms expanding · ` +
@@ -136,7 +136,7 @@ async function recall() {
   keepInAddress(request);
   const answers = [];
   try {
-    for (const more of COLUMNS) {
+    for (const more of columns) {
       const started = performance.now();
       answers.push([await call("v1/recall", { ...request, ...more }), performance.now() - started]);
     }
@@ -172,6 +172,7 @@ async function describe() {
   try {
     const model = await call("v1/model");
     element("model").textContent = `${model.versions.model} · ${model.stage} · ${model.items.toLocaleString()} items in ${model.sids.toLocaleString()} SIDs`;
+    columns = model.challenger && model.challenger.versions ? [{ version: "champion" }, { version: "challenger" }] : [{}];
     element("refused").textContent = model.refused ? `another version was refused: ${model.refused}` : "";
     for (const [name, values] of Object.entries(SHOPPER)) offer(name, model[values]);
   } catch (error) {
@@ -181,8 +182,7 @@ async function describe() {
 
 element("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  recall();
-  describe();
+  describe().then(recall);
 });
 
 const asked = new URL(location.href).searchParams;
@@ -192,8 +192,5 @@ for (const name of Object.keys(SHOPPER)) {
     element(name).value = asked.get(name);
   }
 }
-describe();
-if (asked.has("q")) {
-  element("query").value = asked.get("q");
-  recall();
-}
+if (asked.has("q")) element("query").value = asked.get("q");
+describe().then(() => asked.has("q") && recall());

@@ -29,6 +29,7 @@ from genrecall.serving.messages import (
     RecalledSid,
     RecallRequest,
     RecallResponse,
+    Role,
     Timings,
     Versions,
 )
@@ -43,10 +44,11 @@ class ServedBundle:
 
     version: Version
     bundle: Bundle
+    role: Role = "champion"
 
     @property
     def versions(self) -> Versions:
-        return Versions(model=self.version.text, bundle=self.bundle.hash[:16], catalog_seq=self.bundle.catalog_seq)
+        return Versions(model=self.version.text, bundle=self.bundle.hash[:16], catalog_seq=self.bundle.catalog_seq, role=self.role)
 
     def info(self, address: str, refused: str | None) -> ModelInfo:
         """What `GET /v1/model` says."""
@@ -94,12 +96,15 @@ def answer_batch(served: ServedBundle, requests: Sequence[RecallRequest], beam_s
     return [answer for answer in answer_waiting(served, [Waiting(request, now) for request in requests], beam_sizes, now) if answer is not None]
 
 
-def answer_waiting(served: ServedBundle, waiting: Sequence[Waiting], beam_sizes: Sequence[int], now: float | None = None) -> list[RecallResponse | None]:
+def answer_waiting(
+    served: ServedBundle, waiting: Sequence[Waiting], beam_sizes: Sequence[int], now: float | None = None, *, load: int | None = None
+) -> list[RecallResponse | None]:
     """Answers to a batch, in order; requests of equal beam size are decoded together.
 
     Args:
         beam_sizes: three sizes, widest first.
         now: when the batch starts, in seconds of `time.monotonic`; default: now.
+        load: requests that wait as the batch starts, itself included; default: those of the batch whose deadlines have not passed.
 
     Returns:
         None in place of an answer whose deadline has passed.
@@ -109,7 +114,7 @@ def answer_waiting(served: ServedBundle, waiting: Sequence[Waiting], beam_sizes:
     live = [place for place, one in enumerate(waiting) if one.left(now) > 0]
     by_beam: dict[int, list[tuple[int, list[Reason]]]] = defaultdict(list)
     for place in live:
-        beam_size, reasons = _beam_of(waiting[place], now, len(live), beam_sizes)
+        beam_size, reasons = _beam_of(waiting[place], now, load or len(live), beam_sizes)
         by_beam[beam_size].append((place, reasons))
     for beam_size, group in by_beam.items():
         requests = [waiting[place].request for place, _ in group]
@@ -118,10 +123,10 @@ def answer_waiting(served: ServedBundle, waiting: Sequence[Waiting], beam_sizes:
     return answers
 
 
-def _beam_of(one: Waiting, now: float, together: int, beam_sizes: Sequence[int]) -> tuple[int, list[Reason]]:
-    """The beam of a request in a batch of `together`, and why it is narrower than asked for."""
+def _beam_of(one: Waiting, now: float, load: int, beam_sizes: Sequence[int]) -> tuple[int, list[Reason]]:
+    """The beam of a request where `load` wait, and why it is narrower than asked for."""
     reasons: list[Reason] = []
-    beam_size = one.request.beam_size or beam_size_by_load(together, beam_sizes)
+    beam_size = one.request.beam_size or beam_size_by_load(load, beam_sizes)
     if one.request.beam_size is None and beam_size < beam_sizes[0]:
         reasons.append("load")
     if one.left(now) < 0.5 and beam_size > beam_sizes[-1]:

@@ -102,11 +102,11 @@ def fields_of(response):
 def test_a_request_with_all_fields_is_answered(call, backend):
     filters = {"categories": [["Home", "Garden"]], "brands": ["Acme"], "in_stock": True, "excluded": ["i1"]}
     request = {"query": "hose", "shopper": {"gender": "f", "age_band": "18-24"}, "history": ["i1"], "beam_size": 10, "filters": filters, "limit": 5}
-    request |= {"explain": True, "deadline_ms": 200}
+    request |= {"explain": True, "deadline_ms": 200, "version": "champion"}
     response = call("POST", "/v1/recall", json=request)
     assert response.status_code == 200
     assert RecallResponse.model_validate_json(response.content).items[0].sid == "<1,2,3>"
-    assert response.json()["versions"] == {"model": "shop/3", "bundle": "abc", "catalog_seq": 0}
+    assert response.json()["versions"] == {"model": "shop/3", "bundle": "abc", "catalog_seq": 0, "role": "champion"}
     assert backend.requests[0].model_dump() == request
 
 

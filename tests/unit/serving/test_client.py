@@ -20,6 +20,7 @@ from genrecall.serving.client import RecallClient, RecallError
 from genrecall.serving.messages import Filters, ModelInfo, RecalledItem, RecallRequest, RecallResponse, Timings, Versions
 
 KEY = "a-key-for-this-test-only"
+ADMIN = "an-admin-key-for-this-test"
 ANSWER = {
     "items": [],
     "sids": [],
@@ -131,6 +132,27 @@ def test_503_and_broken_connections_are_tried_again(scripted, trouble):
     assert len(scripted.seen) == 5
 
 
+def test_a_500_of_the_proxy_is_tried_again(scripted):
+    scripted.script = [(500, {"Content-Type": "text/plain"}, b"The actor died unexpectedly"), OK]
+    assert RecallClient(scripted.url, retries=1).recall("hose").beam_size == 5
+    assert len(scripted.seen) == 2
+
+
+def test_changes_of_the_catalogue_go_with_the_admin_key_and_nothing_else_does(scripted):
+    scripted.script = [OK, BUSY, (200, {}, {"catalog_seq": 12, "upserted": 1, "delisted": 1})]
+    client = RecallClient(scripted.url, KEY, admin_key=ADMIN)
+    client.recall("hose")
+    assert client.change_items([{"item_id": "n1", "title": "lamp", "category_path": ["A"]}], delist=["i1"]).catalog_seq == 12
+    changes = {"upsert": [{"item_id": "n1", "title": "lamp", "category_path": ["A"]}], "delist": ["i1"]}
+    sent = [(path, headers["X-API-Key"], body) for _, path, headers, body in scripted.seen]
+    assert sent == [("/v1/recall", KEY, {"query": "hose"}), ("/v1/items", ADMIN, changes), ("/v1/items", ADMIN, changes)]
+    with pytest.raises(ValidationError, match="title"):
+        client.change_items([{"item_id": "n1"}])
+    with pytest.raises(ValueError, match="admin_key: changes of the catalogue need one"):
+        RecallClient(scripted.url, KEY).change_items(delist=["i1"])
+    assert len(scripted.seen) == 3
+
+
 def test_retry_after_is_waited_for_and_bounded(scripted, monkeypatch):
     waits = []
     monkeypatch.setattr(client_module.time, "sleep", waits.append)
@@ -190,6 +212,7 @@ def test_a_field_that_the_api_would_refuse_is_not_sent(scripted):
         ({"url": "127.0.0.1:8000"}, "expected http://HOST:PORT"),
         ({"url": "http://u:secret@x"}, "holds credentials"),
         ({"url": "http://x", "api_key": "secret-key\n"}, "api_key: expected printable ASCII"),
+        ({"url": "http://x", "admin_key": "secret-key\n"}, "admin_key: expected printable ASCII"),
         ({"url": "http://x", "timeout_s": 0}, "timeout_s above 0"),
         ({"url": "http://x", "retries": -1}, "retries of at least 0"),
     ],

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
+from genrecall.serving import recall_pb2, recall_pb2_grpc
 from genrecall.serving.api_keys import ApiKeyError
-from genrecall.serving.deployments import RecallSettings, refuse_open_port
+from genrecall.serving.deployments import RecallDeployment, RecallSettings, refuse_open_grpc, refuse_open_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,6 +49,24 @@ def test_recall_yaml_holds_settings_that_can_be_used_and_binds_loopback():
     assert settings.torch_threads <= deployment["ray_actor_options"]["num_cpus"]
 
 
+def test_recall_grpc_yaml_is_recall_yaml_with_grpc_and_keys():
+    plain, with_grpc = (yaml.safe_load((ROOT / "serve_apps" / name).read_text()) for name in ("recall.yaml", "recall_grpc.yaml"))
+    options = with_grpc.pop("grpc_options")
+    keys_file = with_grpc["applications"][0]["args"].pop("api_keys_file")
+    assert with_grpc == plain
+    assert keys_file, "the port is open to the network"
+    (servicer,) = options.pop("grpc_servicer_functions")
+    assert servicer == f"{recall_pb2_grpc.__name__}.{recall_pb2_grpc.add_RecallServiceServicer_to_server.__name__}"
+    assert options == {"port": 9000, "request_timeout_s": plain["http_options"]["request_timeout_s"], "enable_reflection": False}
+
+
+def test_the_deployment_has_a_method_for_each_call_that_takes_its_context():
+    calls = recall_pb2.DESCRIPTOR.services_by_name["RecallService"].methods_by_name
+    methods = {name: getattr(RecallDeployment.func_or_class, name) for name in calls}
+    assert len(methods) == 4
+    assert {list(inspect.signature(method).parameters)[2] for method in methods.values()} == {"grpc_context"}
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_needs_no_key(host):
     refuse_open_port(host, behind_haproxy=False)
@@ -56,6 +76,12 @@ def test_loopback_needs_no_key(host):
 def test_an_open_port_needs_a_key(host):
     with pytest.raises(ApiKeyError, match=f"http_options.host is {host}, open to the network, and there are no API keys"):
         refuse_open_port(host, behind_haproxy=False)
+
+
+def test_grpc_needs_a_key_whatever_the_host():
+    with pytest.raises(ApiKeyError, match="grpc_options opens a port on all interfaces, and there are no API keys; set api_keys_file"):
+        refuse_open_grpc(True)
+    refuse_open_grpc(False)
 
 
 def test_haproxy_needs_a_key_whatever_the_host():

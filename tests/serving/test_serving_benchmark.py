@@ -1,0 +1,86 @@
+"""The load benchmark's quick mode on a real Serve: tables run, record their figures, and leave the registry and other tables alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from genrecall.config import Places
+from genrecall.registry.promotion import register
+from genrecall.tracking import use_tracking
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        for name in ("GENRECALL_API_KEYS", "GENRECALL_ADMIN_KEYS"):
+            patch.delenv(name, raising=False)
+        yield importlib.import_module("serving")
+
+
+@pytest.fixture(scope="module")
+def registry(untrained_line: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+    home = tmp_path_factory.mktemp("benchmarked")
+    uri = f"sqlite:///{home}/mlflow.db"
+    before = mlflow.get_tracking_uri()
+    use_tracking(Places(home=str(home), data=str(home), tracking_uri=uri))
+    for seed in range(2):
+        register(untrained_line(seed=seed), "shop", metrics={})
+    client = MlflowClient(uri, registry_uri=uri)
+    client.set_registered_model_alias("shop", "champion", "1")
+    yield client
+    mlflow.set_tracking_uri(before)
+
+
+def test_quick_mode_measures_the_tables_of_one_replica(benchmark, ray_cluster, registry, tmp_path):
+    output = tmp_path / "serving.json"
+    other = {"table": "fuzz", "row": "all", "metric": "fuzz_requests", "value": 1.0}
+    output.write_text(json.dumps([other, {"table": "swap", "row": "old", "metric": "requests", "value": 1.0}]))
+    arguments = ["--quick", "--paths", "default", "--model", "shop", "--tracking-uri", registry.tracking_uri, "--beam", "5", "--output", str(output)]
+    records = benchmark.main([*arguments, "--tables", "latency", "throughput", "swap", "upsert", "soak"])
+    assert json.loads(output.read_text()) == [other, *records]
+    figures = {(one["table"], one["row"], one["metric"]): one["value"] for one in records}
+    assert figures["latency", "default", "http_added_p50_ms"] > 0
+    assert figures["throughput", "default", "throughput_32_over_engine"] > 0
+    assert 0 < figures["throughput", "default", "engine_cpu_share"] <= 1
+    for table in ("swap", "upsert"):
+        assert figures[table, "default", "requests"] > 0
+        assert figures[table, "default", f"{table}_failed_requests"] == figures[table, "default", "mixed_version_answers"] == 0
+    assert {row for table, row, metric in figures if metric == "swap_p99_ratio"} >= {"hot swap", "rollback"}
+    assert 0 < figures["upsert", "default", "upsert_visible_s"] < 10
+    assert (
+        figures["soak", "default", "failed_requests"]
+        == figures["soak", "default", "mixed_version_answers"]
+        == figures["soak", "default", "replica_restarts"]
+        == 0
+    )
+    assert figures["soak", "default", "swaps"] >= 2
+    assert {"soak_rss_growth", "soak_handles_growth"} <= {metric for table, _, metric in figures if table == "soak"}
+    assert registry.get_model_version_by_alias("shop", "champion").version == "1"
+    assert len(registry.search_model_versions("name='shop'")) == 2
+    assert set(records[0]) == {"table", "row", "metric", "value", "low", "high", "batch", "beam", "threads", "machine", "command", "commit"}
+
+
+def test_versions_that_answer_alike_are_not_compared(benchmark):
+    known = benchmark.KnownVersion(model="m/1", bundle="b", sids=frozenset("ab"), sid_of={}, reference={"x": frozenset("ab"), "y": frozenset("b")})
+    with pytest.raises(SystemExit, match=r"answer 2 of 2 queries alike"):
+        benchmark._require_distinct(known, known, ["x", "y"])
+
+
+def test_a_registry_that_cannot_be_copied_and_a_model_with_one_version_are_refused(benchmark, registry, tmp_path):
+    with pytest.raises(SystemExit, match="sqlite"):
+        benchmark.copy_registry("http://127.0.0.1:1", tmp_path)
+    lonely = benchmark.Version(name="nobody", number=1, manifest_sha256="0" * 64)
+    with pytest.raises(SystemExit, match="no other version"):
+        benchmark.another_version(registry.tracking_uri, lonely)
