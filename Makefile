@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= marketplace
 MODEL ?=
+SOAK_MINUTES ?= 30
 export GENRECALL_HOME ?= $(CURDIR)/artifacts
 export GENRECALL_DATA ?= $(abspath $(CURDIR)/../shared/data)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(GENRECALL_HOME)/mlflow.db
 export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help setup demo serve test lint pipeline mlflow bench-tables clean
+.PHONY: help setup demo serve test lint pipeline mlflow bench-tables soak clean
 
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +39,9 @@ mlflow: setup ## show runs, models and aliases on http://127.0.0.1:5000
 
 bench-tables: setup ## rebuild the quality tables (hours on two cores; resumes)
 	$(BIN)/python benchmarks/quality.py
+
+soak: setup ## serve under mixed load for SOAK_MINUTES (30) and write memory, file handles and p99 to benchmarks/results/serving.json
+	$(BIN)/python benchmarks/serving.py --tables soak --minutes $(SOAK_MINUTES) $(if $(MODEL),--model $(MODEL))
 
 lint: setup ## ruff, import contracts, mypy
 	$(BIN)/ruff check .

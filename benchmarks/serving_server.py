@@ -1,0 +1,241 @@
+"""The server under load of benchmarks/serving.py: the application as it is deployed, on a local Ray, over a copy of the registry.
+
+The copy is of the registry's sqlite file alone, so that moving aliases and adding versions changes nothing real; bundles are read where they lie.
+"""
+
+from __future__ import annotations
+
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow.tracking import MlflowClient
+from serving_load import Outcome, Plan
+
+from genrecall.registry.versions import CHAMPION, MANIFEST_TAG, open_registry, resolve
+
+KEY, ADMIN_KEY = "a-key-for-this-benchmark", "an-admin-key-for-this-benchmark"
+# Ray's own niceness of 15 would give the cores to the engine in this process and to the load before the replica. Access logs go to files alone: this
+# process, whose processor time is the benchmark's, would print a line for each request.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+
+REPLICA, PROXY, CONTROLLER, HAPROXY = "ray::ServeReplica:recall:", "ray::ProxyActor", "ray::ServeController", "haproxy"
+APPLICATION = "recall"
+FOLLOW_S = 1.0
+WAIT_S = 120.0
+
+
+def copy_registry(tracking_uri: str, folder: Path) -> str:
+    """The URI of a copy of a sqlite registry in `folder`.
+
+    Raises:
+        SystemExit: the registry is of another kind.
+    """
+    path = tracking_uri.removeprefix("sqlite:///")
+    if path == tracking_uri:
+        raise SystemExit(f"{tracking_uri}: expected a sqlite registry, of which aliases can be moved in a copy")
+    open_registry(tracking_uri)
+    target = folder / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source, contextlib.closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+    return f"sqlite:///{target}"
+
+
+def again(client: MlflowClient, name: str, number: int) -> int:
+    """Register a version's bundle as one more version, which servers load afresh; its number."""
+    known = client.get_model_version(name, str(number))
+    files = client.get_model_version_download_uri(name, str(number))
+    added = client.create_model_version(name, files, tags={MANIFEST_TAG: known.tags[MANIFEST_TAG]})
+    return int(added.version)
+
+
+class Load:
+    """A load generator at work; `finish` ends it and gives its outcomes."""
+
+    def __init__(self, plan: Plan) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("serving_load.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asdict(plan)) + "\n")
+        self._process.stdin.flush()
+        self.cpu_s = 0.0
+
+    def finish(self, *, at_once: bool = True) -> list[Outcome]:
+        """End the run, or wait for the plan's own end; all outcomes in the order they were answered.
+
+        Raises:
+            RuntimeError: the generator failed; standard error says why.
+        """
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        if at_once:
+            self._process.stdin.close()
+        said = self._process.stdout.read()
+        if self._process.wait():
+            raise RuntimeError(f"the load generator ended with {self._process.returncode}")
+        if not at_once:
+            self._process.stdin.close()
+        found = json.loads(said)
+        self.cpu_s = float(found["cpu_s"])
+        return [Outcome(**one) for one in found["outcomes"]]
+
+    def stop(self) -> None:
+        """End a run that nobody waits for."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+class Server:
+    """The application on this machine's Ray; a context that ends it.
+
+    Args:
+        home: folder for keys and the catalogue log.
+        tracking_uri, model: the registry and the model's name in it.
+        beam: the one beam, whatever the load.
+        replicas: with one torch thread each.
+    """
+
+    def __init__(self, home: Path, tracking_uri: str, model: str, *, beam: int, replicas: int = 1) -> None:
+        self._home, self._tracking_uri, self._beam, self._replicas = home, tracking_uri, beam, replicas
+        self.model = model
+        self.registry = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.log_folder = home / "catalogue"
+
+    def __enter__(self) -> Server:
+        from ray import serve
+
+        from genrecall.serving.deployments import RecallDeployment, RecallSettings
+        from genrecall.train_worker import ensure_ray
+
+        self._home.mkdir(parents=True, exist_ok=True)
+        (self._home / "keys").write_text(KEY)
+        (self._home / "admins").write_text(ADMIN_KEY)
+        settings = RecallSettings(
+            model=f"models:/{self.model}@{CHAMPION}",
+            tracking_uri=self._tracking_uri,
+            beam_sizes=(self._beam,) * 3,
+            follow_s=FOLLOW_S,
+            api_keys_file=str(self._home / "keys"),
+            admin_keys_file=str(self._home / "admins"),
+        )
+        ensure_ray(num_cpus=2)
+        serve.start(http_options={"host": "127.0.0.1", "port": self.port})
+        deployment = RecallDeployment.options(num_replicas=self._replicas, ray_actor_options={"num_cpus": 1 / self._replicas})  # type: ignore[attr-defined]
+        serve.run(deployment.bind(settings.model_dump(), self._tracking_uri, str(self.log_folder)), name=APPLICATION, route_prefix="/")
+        self.wait_until(lambda: len(self.pids(REPLICA)) == self._replicas)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from ray import serve
+
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+    def pids(self, title: str) -> list[int]:
+        """The processes of this benchmark's own Ray whose title begins so."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if (process.cmdline() or [""])[0].rpartition("/")[2].startswith(title) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return sorted(found)
+
+    def kill(self, pid: int) -> None:
+        """End one process, without notice."""
+        assert pid in [one.pid for one in psutil.Process().children(recursive=True)], "only what this benchmark started"
+        os.kill(pid, signal.SIGKILL)
+
+    def call(self, path: str, body: Any = None, *, key: str = KEY) -> tuple[int, Any]:
+        """Status and answer of a request; status 0 where the connection failed."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, headers={"Content-Type": "application/json", "X-API-Key": key})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, None
+        except (OSError, ValueError):
+            return 0, None
+
+    def champion(self, number: int) -> None:
+        """Move the alias."""
+        self.registry.set_registered_model_alias(self.model, CHAMPION, str(number))
+
+    def champion_number(self) -> int:
+        return resolve(f"models:/{self.model}@{CHAMPION}", self.registry).number
+
+    def change(self, **changes: Any) -> int:
+        """POST /v1/items; the number of the last change."""
+        status, answer = self.call("/v1/items", changes, key=ADMIN_KEY)
+        if status != 200:
+            raise RuntimeError(f"POST /v1/items was answered {status}")
+        return int(answer["catalog_seq"])
+
+    def is_live(self, number: int) -> bool:
+        """Whether the replica that answers now serves a version."""
+        status, answer = self.call("/v1/model")
+        return status == 200 and answer["versions"]["model"] == f"{self.model}/{number}"
+
+    def healthy_replicas(self) -> int:
+        """Replicas that Serve sends requests to."""
+        from ray import serve
+
+        application = serve.status().applications.get(APPLICATION)
+        return (
+            0
+            if application is None
+            else sum(count for one in application.deployments.values() for state, count in one.replica_states.items() if state == "RUNNING")
+        )
+
+    def wait_until(self, condition: Callable[[], bool], *, wait_s: float = WAIT_S, every_s: float = 0.1) -> float:
+        """Seconds until a condition holds.
+
+        Raises:
+            RuntimeError: it did not.
+        """
+        started = time.monotonic()
+        while not condition():
+            if time.monotonic() - started > wait_s:
+                raise RuntimeError(f"not within {wait_s:.0f} s")
+            time.sleep(every_s)
+        return time.monotonic() - started
+
+
+def cpu_by_process(pids: Sequence[int]) -> float:
+    """Seconds of processor time of processes so far."""
+    times = [psutil.Process(pid).cpu_times() for pid in pids]
+    return float(sum(one.user + one.system for one in times))
+
+
+def cpu_by_thread(pid: int) -> dict[int, float]:
+    """Seconds of processor time of each thread so far."""
+    return {one.id: one.user_time + one.system_time for one in psutil.Process(pid).threads()}
+
+
+@contextlib.contextmanager
+def load(plan: Plan) -> Iterator[Load]:
+    """A load for as long as the context lasts, at most."""
+    running = Load(plan)
+    try:
+        yield running
+    finally:
+        running.stop()
