@@ -4,8 +4,8 @@ The server is the application as it is deployed, on a local Ray, without its cac
 the same bundle in this process. Both have one torch thread; they take turns, and what counts are ratios and differences within a round. Before anything
 is timed, the server's answers are compared with the engine's. Load comes from a process of its own (serving_load.py), over loopback.
 
-Tables: `latency` (one client), `throughput` (32 clients), `swap` and `upsert` (constant load while the alias moves, items come and go, and the alias moves back),
-`failures` (a replica, the proxy, the controller or the registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged:
+Tables: `latency` (one client), `throughput` (32 clients), `swap` and `upsert` (constant load while the alias moves, items come and go, a canary gets a share
+of the requests, and the alias moves back), `failures` (a replica, the proxy, the controller or the registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged:
 wholly one version's, and no delisted item.
 
 Run: python benchmarks/serving.py [--tables latency throughput swap failures] [--model home_depot] [--quick]
@@ -59,6 +59,7 @@ TABLES = ("latency", "throughput", "swap", "upsert", "failures", "soak")
 DEFAULT_TABLES = ("latency", "throughput", "swap", "upsert", "failures")
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 CLIENTS, BATCH, LIMIT = 32, 16, 100
+CANARY_SHARE = 0.5
 LOAD_SHARE = 0.4
 """Of the capacity, in the tables with a constant load."""
 
@@ -251,7 +252,8 @@ class Window:
 
 
 def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert")) -> None:
-    """Constant load while the alias moves to a version that has to be loaded, items come and go, and the alias moves back."""
+    """Constant load while the alias moves to a version that has to be loaded, items come and go, the version before has a share as challenger, and the alias
+    moves back."""
     sizes = bench.sizes
     capacity = _capacity(bench, server)
     queries = bench.queries[: sizes.queries]
@@ -293,6 +295,15 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
             yield
             live_s.setdefault("delist", []).append(server.wait_until(lambda: server.call("/v1/model")[1]["versions"]["catalog_seq"] >= sequence))
 
+        def canary_changed() -> Iterator[None]:
+            server.challenger(bench.number)
+            began = time.monotonic()
+            server.canary(CANARY_SHARE)
+            live_s.setdefault("canary change", []).append(time.monotonic() - began)
+            yield
+            time.sleep(sizes.seconds / 2)
+            server.canary(0.0)
+
         for number in range(sizes.rounds):
             fresh = again(server.registry, bench.name, bench.other)
             versions.append(replace(second, model=f"{bench.name}/{fresh}"))
@@ -302,8 +313,7 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
             window("hot swap", moved("hot swap", fresh))
             window("upsert", upserted(ids))
             window("delist", delisted([*ids[5:], published]))
-            if canary := canary_change(server):
-                window("canary change", canary)
+            window("canary change", canary_changed())
             window("rollback", moved("rollback", bench.number))
         outcomes = running.finish()
     _judge(bench, outcomes, windows, versions, changes, wanted)
@@ -311,13 +321,8 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
         bench.figure("upsert", "upsert_visible_s", visible_s)
         bench.figure("upsert", "delist_live_s", live_s["delist"])
     if "swap" in wanted:
-        for row in ("hot swap", "rollback"):
+        for row in ("hot swap", "canary change", "rollback"):
             bench.figure("swap", "swap_live_s", live_s[row], row=row)
-
-
-def canary_change(server: Server) -> Iterator[None] | None:
-    """What changes the canary's share of the traffic; None: this server has no canary."""
-    return None
 
 
 def _holds(server: Server, query: str, item_id: str) -> bool:
@@ -370,6 +375,11 @@ def _judge(
         if (table := table_of.get(row, "")) in wanted:
             bench.figure(table, "p99_ms", found, row=row)
             bench.figure(table, f"{table}_p99_ratio", ratios(found, befores), row=row)
+    if "swap" in wanted:
+        canaries = [window for window in windows if window.row == "canary change"]
+        roles = [[one.kept["versions"]["role"] for one in window.of(outcomes) if one.kept] for window in canaries]
+        shares = [found.count("challenger") / max(1, len(found)) for found in roles]
+        bench.figure("swap", "answered_by_challenger", shares, row="canary change")
 
 
 def _p99(outcomes: Sequence[Outcome]) -> float:

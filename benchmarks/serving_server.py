@@ -27,8 +27,9 @@ import psutil
 from mlflow.tracking import MlflowClient
 from serving_load import Outcome, Plan
 
-from genrecall.registry.versions import CHAMPION, MANIFEST_TAG, open_registry, resolve
+from genrecall.registry.versions import CHALLENGER, CHAMPION, MANIFEST_TAG, open_registry, resolve
 
+ROOT = Path(__file__).resolve().parents[1]
 KEY, ADMIN_KEY = "a-key-for-this-benchmark", "an-admin-key-for-this-benchmark"
 # Ray's own niceness of 15 would give the cores to the engine in this process and to the load before the replica. Access logs go to files alone: this
 # process, whose processor time is the benchmark's, would print a line for each request.
@@ -124,26 +125,59 @@ class Server:
     def __enter__(self) -> Server:
         from ray import serve
 
-        from genrecall.serving.deployments import RecallDeployment, RecallSettings
         from genrecall.train_worker import ensure_ray
 
         self._home.mkdir(parents=True, exist_ok=True)
         (self._home / "keys").write_text(KEY)
         (self._home / "admins").write_text(ADMIN_KEY)
-        settings = RecallSettings(
-            model=f"models:/{self.model}@{CHAMPION}",
-            tracking_uri=self._tracking_uri,
-            beam_sizes=(self._beam,) * 3,
-            follow_s=FOLLOW_S,
-            api_keys_file=str(self._home / "keys"),
-            admin_keys_file=str(self._home / "admins"),
-        )
         ensure_ray(num_cpus=2)
         serve.start(http_options={"host": "127.0.0.1", "port": self.port})
-        deployment = RecallDeployment.options(num_replicas=self._replicas, ray_actor_options={"num_cpus": 1 / self._replicas})  # type: ignore[attr-defined]
-        serve.run(deployment.bind(settings.model_dump(), self._tracking_uri, str(self.log_folder)), name=APPLICATION, route_prefix="/")
+        self._deploy()
         self.wait_until(lambda: len(self.pids(REPLICA)) == self._replicas)
         return self
+
+    def _deploy(self, canary_share: float = 0.0) -> None:
+        """What `serve deploy` does with a configuration file; of what is deployed already, another `user_config` alone restarts nothing."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        arguments = {
+            "model": f"models:/{self.model}@{CHAMPION}",
+            "tracking_uri": self._tracking_uri,
+            "beam_sizes": [self._beam] * 3,
+            "follow_s": FOLLOW_S,
+            "api_keys_file": str(self._home / "keys"),
+            "admin_keys_file": str(self._home / "admins"),
+            "catalogue_folder": str(self.log_folder),
+        }
+        deployment = {
+            "name": APPLICATION,
+            "num_replicas": self._replicas,
+            "ray_actor_options": {"num_cpus": 1 / self._replicas},
+            "user_config": {"canary_share": canary_share},
+        }
+        application = {
+            "name": APPLICATION,
+            "route_prefix": "/",
+            "import_path": "serve_apps.recall:app",
+            "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}},
+            "args": arguments,
+            "deployments": [deployment],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+
+    def canary(self, share: float) -> None:
+        """Give the challenger a share of the requests; returns once it is taken."""
+        self._deploy(share)
+        self.wait_until(lambda: self._canary_is(share))
+
+    def _canary_is(self, share: float) -> bool:
+        """Whether the replica that answers now has this share, and the challenger that it needs."""
+        status, answer = self.call("/v1/model")
+        if status != 200:
+            return False
+        found = answer["challenger"]
+        return found is None if share == 0 else found is not None and found["canary_share"] == share and found["versions"] is not None
 
     def __exit__(self, *_: object) -> None:
         from ray import serve
@@ -179,6 +213,10 @@ class Server:
     def champion(self, number: int) -> None:
         """Move the alias."""
         self.registry.set_registered_model_alias(self.model, CHAMPION, str(number))
+
+    def challenger(self, number: int) -> None:
+        """Move the other alias."""
+        self.registry.set_registered_model_alias(self.model, CHALLENGER, str(number))
 
     def champion_number(self) -> int:
         return resolve(f"models:/{self.model}@{CHAMPION}", self.registry).number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 import urllib.error
@@ -29,6 +30,7 @@ from genrecall.tracking import use_tracking
 FOLLOW_S = 0.5
 KEY = "a-key-for-this-test-only"
 ADMIN = "an-admin-key-for-this-test"
+ROOT = Path(__file__).parents[2]
 SERVICER = "genrecall.serving.recall_pb2_grpc.add_RecallServiceServicer_to_server"
 
 
@@ -41,11 +43,27 @@ def free_port() -> int:
 class Server:
     """The running application and the registry it follows."""
 
-    def __init__(self, port: int, grpc_port: int, registry: MlflowClient, keys_file: Path) -> None:
+    def __init__(self, port: int, grpc_port: int, registry: MlflowClient, keys_file: Path, arguments: dict[str, Any]) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.grpc_target = f"127.0.0.1:{grpc_port}"
         self.registry = registry
         self.keys_file = keys_file
+        self._arguments = arguments
+
+    def deploy(self, **user_config: Any) -> None:
+        """What `serve deploy` does with a configuration file."""
+        from ray.serve.context import _get_global_client
+        from ray.serve.schema import ServeDeploySchema
+
+        application = {
+            "name": "recall",
+            "route_prefix": "/",
+            "import_path": "serve_apps.recall:app",
+            "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "platform")))}},
+            "args": self._arguments,
+            "deployments": [{"name": "recall", "num_replicas": 1, "ray_actor_options": {"num_cpus": 1}, "user_config": user_config}],
+        }
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
 
     def call(self, path: str, body: Any = None, key: str = KEY) -> tuple[int, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -58,6 +76,13 @@ class Server:
 
     def champion(self, number: int) -> None:
         self.registry.set_registered_model_alias("shop", "champion", str(number))
+
+    def replica(self) -> str:
+        """The replica's name, which another process would not have."""
+        from ray.util import list_named_actors
+
+        (name,) = [actor["name"] for actor in list_named_actors(all_namespaces=True) if "recall#recall" in actor["name"]]
+        return str(name)
 
     def wait_for(self, condition, seconds: float = 15.0) -> float:
         """Seconds until `condition(what GET /v1/model says)` holds."""
@@ -72,9 +97,6 @@ class Server:
 @pytest.fixture(scope="module")
 def server(ray_cluster: None, untrained_line: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from ray import serve
-    from serve_apps.recall import app
-
-    from genrecall.serving.deployments import RecallSettings
 
     home = tmp_path_factory.mktemp("served")
     uri = f"sqlite:///{home}/mlflow.db"
@@ -88,21 +110,22 @@ def server(ray_cluster: None, untrained_line: Any, tmp_path_factory: pytest.Temp
     keys_file.write_text(KEY)
     (home / "admins").write_text(ADMIN)
     port, grpc_port = free_port(), free_port()
-    settings = RecallSettings(
-        model="models:/shop@champion",
-        tracking_uri=uri,
-        follow_s=FOLLOW_S,
-        beam_sizes=(5, 4, 3),
-        api_keys_file=str(keys_file),
-        admin_keys_file=str(home / "admins"),
-        max_waiting=8,
-        cache_entries=100,
-        catalogue_folder=str(home / "catalogue"),
-    )
+    arguments = {
+        "model": "models:/shop@champion",
+        "tracking_uri": uri,
+        "follow_s": FOLLOW_S,
+        "beam_sizes": [5, 4, 3],
+        "api_keys_file": str(keys_file),
+        "admin_keys_file": str(home / "admins"),
+        "max_waiting": 8,
+        "cache_entries": 100,
+        "catalogue_folder": str(home / "catalogue"),
+    }
     grpc_options = {"port": grpc_port, "grpc_servicer_functions": [SERVICER], "enable_reflection": False}
     serve.start(http_options={"host": "127.0.0.1", "port": port}, grpc_options=grpc_options)
-    serve.run(app(settings), name="recall", route_prefix="/")
-    yield Server(port, grpc_port, registry, keys_file)
+    server = Server(port, grpc_port, registry, keys_file, arguments)
+    server.deploy(canary_share=0.0)
+    yield server
     serve.shutdown()
     mlflow.set_tracking_uri(before)
 
@@ -189,6 +212,38 @@ def test_a_corrupted_newer_version_is_refused_and_the_old_one_keeps_serving(serv
     assert server.call("/v1/recall", {"query": "garden hose"})[1]["versions"]["model"] == "shop/1"
     server.champion(1)
     server.wait_for(lambda model: model["refused"] is None)
+
+
+def test_a_canary_comes_and_goes_by_a_deployed_config_without_a_restart(server):
+    def answer(query: str, **more: Any) -> Any:
+        return server.call("/v1/recall", {"query": query, **more})[1]
+
+    replica = server.replica()
+    server.registry.set_registered_model_alias("shop", "challenger", "2")
+    assert server.call("/v1/model")[1]["challenger"] is None  # nobody needs it
+    server.deploy(canary_share=0.5)
+    server.wait_for(lambda model: (model["challenger"] or {}).get("versions") is not None)
+    queries = [f"hose {number}" for number in range(40)]
+    by_role: dict[str, list[str]] = {"champion": [], "challenger": []}
+    for query in queries:
+        versions = answer(query)["versions"]
+        assert versions["model"] == {"champion": "shop/1", "challenger": "shop/2"}[versions["role"]]
+        by_role[versions["role"]].append(query)
+    assert len(by_role["champion"]) > 5
+    assert len(by_role["challenger"]) > 5
+    assert [answer(query)["versions"]["role"] for query in by_role["challenger"]] == ["challenger"] * len(by_role["challenger"])
+    assert answer(by_role["challenger"][0], version="champion")["versions"]["model"] == "shop/1"
+
+    server.deploy(canary_share="much")  # changes nothing but what is reported
+    server.wait_for(lambda model: "canary_share" in (model["challenger"]["refused"] or ""))
+    assert answer(by_role["challenger"][0])["versions"]["role"] == "challenger"
+
+    server.deploy(canary_share=0.0)
+    server.wait_for(lambda model: model["challenger"] is None)
+    assert {answer(query)["versions"]["model"] for query in queries} == {"shop/1"}
+    status, refusal = server.call("/v1/recall", {"query": "hose", "version": "challenger"})
+    assert (status, refusal["problems"][0]["field"]) == (422, "version")
+    assert server.replica() == replica
 
 
 def test_more_requests_than_it_takes_are_answered_503_at_once_and_the_others_served(server):

