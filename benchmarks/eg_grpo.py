@@ -111,13 +111,11 @@ TUNING: Mapping[str, tuple[str, ...]] = {
             ("anchor0.3", 1e-4, 150, 48, ("align.objective.sft_anchor_weight=0.3", "align.objective.sft_anchors=2")),
             ("half_read", 1e-4, 150, 48, _HALF_READ),
             ("plain", 1e-4, 500, 48, ()),
-            ("plain", 1e-4, 150, 96, ()),
             ("anchor0.1", 1e-4, 150, 96, ("align.objective.sft_anchor_weight=0.1", "align.objective.sft_anchors=2")),
             ("plain", 1e-4, 300, 96, ()),
             ("half_read", 1e-4, 300, 96, _HALF_READ),
             ("distinct16", 1e-4, 300, 96, _DISTINCT_16),
             ("distinct16_anchor0.2", 1e-4, 300, 96, (*_DISTINCT_16, "align.objective.sft_anchor_weight=0.2", "align.objective.sft_anchors=2")),
-            ("plain", 1e-4, 600, 96, ()),
         )
     },
 }

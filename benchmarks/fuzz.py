@@ -90,7 +90,9 @@ class RoutesBackend:
         return [await self.recall(request) for request in requests]
 
     async def change_items(self, changes: ItemsRequest) -> ItemsAccepted:
-        return ItemsAccepted(catalog_seq=1, upserted=len(changes.upsert), delisted=len(changes.delist))
+        return ItemsAccepted(
+            catalog_seq=1, upserted=len(changes.upsert), delisted=len(changes.delist), stock_flags=len(changes.out_of_stock) + len(changes.in_stock)
+        )
 
     def ready(self) -> bool:
         return self._asked % 89 != 0

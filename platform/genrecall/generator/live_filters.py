@@ -34,7 +34,7 @@ class LiveFilterCache(FilterCache):
 
     def _resolve(self, wanted: Filter) -> ResolvedFilter:
         listed = self._published.get(wanted)
-        rest = self.postings.without(listed.items, self._records.off_lists)
+        rest = self.postings.without(listed.items, self._records.not_by_lists(wanted))
         passing = self._records.passing(wanted)
         leaves = rest.leaves.copy()
         leaves[self._records.sids[passing]] = True

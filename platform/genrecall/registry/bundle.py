@@ -96,6 +96,10 @@ class Bundle:
         """Items that answers may hold."""
         return len(self.items)
 
+    def in_stock(self, item_id: str) -> bool:
+        """Whether an item is in stock; a bundle says of none that it is not."""
+        return True
+
     def rows_of(self, item_ids: Iterable[str]) -> np.ndarray:
         """int32 item rows of ids, in their order; unknown ids are left out."""
         rows = self.item_ids.rows_of(item_ids)

@@ -1,4 +1,5 @@
-"""The durable log of what happened to the catalogue since the bundles were built: item records and tombstones, numbered, never SIDs.
+"""The durable log of what happened to the catalogue since the bundles were built: item records, tombstones
+and stock flags, numbered, never SIDs.
 
 Every bundle replays the log through its own encoder, so that no version loses an item or resurrects one, whatever SIDs it would give. Records are
 the site's own words and outlive all bundles.
@@ -15,22 +16,19 @@ The folder lies on a file system with flock, fsync and atomic rename: a local on
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
-import json
+import itertools
 import logging
-import math
 import os
 import re
 import time
 import uuid
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
-from genrecall.sid.item_ids import MAX_ID_BYTES
+from genrecall.registry.catalogue_records import SEAL, SEAL_BYTES, Change, ItemRecord, change_of, id_problem, line_of, newest, opened, sealed
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
 
@@ -38,9 +36,8 @@ LOCK_FILE = "writer.lock"
 SEGMENT_BYTES = 64 * 2**20
 """A segment that has grown to this size is followed by another."""
 
+T = TypeVar("T")
 _NAME = re.compile(r"(changes|compacted)-(\d{20})\.jsonl")
-_SEAL = b',"crc32":"'  # nowhere else in a line: quotes inside a text are escaped
-_SEAL_BYTES = len(_SEAL) + len('01234567"}\n')
 _CHANGES_A_LINE = 1000
 _LOOKS = 20
 _BETWEEN_LOOKS_S = 0.02
@@ -58,38 +55,6 @@ class _Unsettled(Exception):
     """The files do not fit together as listed: a compaction is under way, or one is lost."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ItemRecord:
-    """One item as the site describes it; the fields are those of the canonical `items` table.
-
-    Attributes:
-        category_path: root first; empty when unknown.
-        prior_score: what the site orders by when it must cut; None counts as 0.
-    """
-
-    item_id: str
-    title: str
-    category_path: tuple[str, ...] = ()
-    brand: str = ""
-    text: str = ""
-    price: float | None = None
-    prior_score: float | None = None
-
-    def problems(self) -> list[str]:
-        """What is wrong, `field: what was expected` each."""
-        found = [f"item_id: {problem}"] if (problem := id_problem(self.item_id)) else []
-        for name in ("title", "brand", "text"):
-            if not _is_text(getattr(self, name)):
-                found.append(f"{name}: expected text, got {type(getattr(self, name)).__name__} or half a surrogate pair")
-        if isinstance(self.category_path, str) or not all(_is_text(name) and name for name in self.category_path):
-            found.append(f"category_path: expected names, root first, got {self.category_path!r}")
-        for name in ("price", "prior_score"):
-            number = getattr(self, name)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number)):
-                found.append(f"{name}: expected a finite number or None, got {number!r}")
-        return found
-
-
 def log_folder(catalogues: Path | str, model: str) -> Path:
     """Where the log of a model lies in a folder of logs.
 
@@ -101,33 +66,12 @@ def log_folder(catalogues: Path | str, model: str) -> Path:
     return Path(catalogues) / model
 
 
-def id_problem(item_id: Any) -> str | None:
-    """Why a bundle could never hold this id, or None."""
-    if not _is_text(item_id) or not item_id:
-        return "expected text of at least one character"
-    if len(item_id.encode()) > MAX_ID_BYTES:
-        return f"expected at most {MAX_ID_BYTES} bytes in UTF-8, got {len(item_id.encode())}"
-    return "expected an id that does not end in a zero byte" if item_id.endswith("\0") else None
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-class Change(NamedTuple):
-    """One numbered change: the record that an item has from then on, or None where it is delisted."""
-
-    sequence: int
-    item_id: str
-    record: ItemRecord | None
-
-
 @dataclass(frozen=True)
 class LogTail:
     """What came after a sequence number.
 
     Attributes:
-        changes: ascending; of an item changed more than once perhaps only the newest.
+        changes: ascending; of an item changed more than once perhaps only the newest of a kind (`Change.of`).
         sequence: the last number read; `read` goes on from here.
         torn_bytes: of a last line that is not whole: being written now, or left by a crash. The next `append` removes the latter.
     """
@@ -185,14 +129,21 @@ class CatalogueLog:
         Raises:
             CatalogueLogError: a damaged or missing file, or changes after `after` that compaction dropped.
         """
+        return self._settled(lambda: self._read(after, at_most))
+
+    def _settled(self, look_once: Callable[[], T]) -> T:
+        """What a look at the files finds; again where a compaction moves them under it."""
         for look in range(_LOOKS):
             try:
-                return self._read(after, at_most)
+                return look_once()
             except (FileNotFoundError, _Unsettled) as error:  # a compaction moved the files
                 if look == _LOOKS - 1:
                     raise CatalogueLogError(f"{self.folder}: {error}; bring what is missing back from a backup") from error
                 time.sleep(_BETWEEN_LOOKS_S)
         raise AssertionError("the last look returns or raises")
+
+    def _stock_changes(self) -> list[Change]:
+        return [change for line in _Scan(self.folder, None, None) for change in line.changes if change.in_stock is not None]
 
     def _read(self, after: int, at_most: int | None) -> LogTail:
         scan = _Scan(self.folder, after, self._read_to)
@@ -206,11 +157,21 @@ class CatalogueLog:
             raise _Unsettled(f"the log ends at change {scan.sequence}, before {after}, which is served already: it is another log, or has lost its end")
         return LogTail(changes, scan.sequence, scan.torn_bytes)
 
-    def append(self, upsert: Sequence[ItemRecord], delist: Sequence[str] = (), *, wait_s: float = 2.0) -> int:
-        """Write the records, then the tombstones, as one line; returns their last number once they are on disk.
+    def in_stock(self, through: int) -> dict[str, bool]:
+        """The newest stock flags up to the change `through`, by id: what a bundle whose items hold those changes does not say itself.
+
+        Raises:
+            CatalogueLogError: as for `read`.
+        """
+        found = [change for change in self._settled(self._stock_changes) if change.sequence <= through]
+        return {change.item_id: bool(change.in_stock) for change in newest(found)}
+
+    def append(self, upsert: Sequence[ItemRecord], delist: Sequence[str] = (), *, in_stock: Mapping[str, bool] | None = None, wait_s: float = 2.0) -> int:
+        """Write the records, then the tombstones, then the stock flags, as one line; returns their last number once they are on disk.
 
         Args:
             upsert: items that are new, changed, or listed again. delist: ids of items that no answer shall hold; unknown ones do no harm.
+            in_stock: by id; a flag stays with an id until there is another, whether or not the item is listed. Without one an item is in stock.
             wait_s: for another process that writes.
 
         Raises:
@@ -219,25 +180,30 @@ class CatalogueLog:
             CatalogueBusyError: another process holds the lock for longer than `wait_s`.
         """
         problems = [f"upsert.{place}.{problem}" for place, record in enumerate(upsert) for problem in record.problems()]
+        flags = dict(in_stock or {})
         problems += [f"delist.{place}: {problem}" for place, item_id in enumerate(delist) if (problem := id_problem(item_id))]
+        problems += [f"in_stock.{item_id!r}: {problem}" for item_id in flags if (problem := id_problem(item_id))]
+        problems += [f"in_stock.{item_id!r}: expected True or False, got {flag!r}" for item_id, flag in flags.items() if not isinstance(flag, bool)]
         if problems:
             raise CatalogueLogError("; ".join(problems))
-        if not upsert and not delist:
-            raise CatalogueLogError("expected at least one record or id")
+        if not upsert and not delist and not flags:
+            raise CatalogueLogError("expected at least one record, id or stock flag")
         with self._writing(wait_s):
             end = self._end()
-            records = [*((record.item_id, record) for record in upsert), *((item_id, None) for item_id in delist)]
-            line = _line_of([Change(end.sequence + 1 + place, item_id, record) for place, (item_id, record) in enumerate(records)])
+            number = itertools.count(end.sequence + 1)
+            changes = [Change(next(number), record.item_id, record) for record in upsert]
+            changes += [Change(next(number), item_id) for item_id in delist]
+            changes += [Change(next(number), item_id, in_stock=flag) for item_id, flag in flags.items()]
             name = end.name if end.name.startswith("changes") and end.offset < self._segment_bytes else _name("changes", end.sequence + 1)
-            self._written_to = self._write(name, end.offset if name == end.name else 0, line, end.sequence + len(records))
+            self._written_to = self._write(name, end.offset if name == end.name else 0, line_of(changes), changes[-1].sequence)
             return self._written_to.sequence
 
     def compact(self, covered: int = 0, *, wait_s: float = 2.0) -> Compaction:
-        """Keep of each item the newest change alone, and nothing up to `covered`.
+        """Keep of each item the newest record or tombstone and the newest stock flag alone, and nothing up to `covered`.
 
         Args:
             covered: what every bundle that may ever be served again holds itself (its `catalog_seq`): one that covers less is refused from then on,
-                because a dropped tombstone would let it bring an item back. 0 keeps all tombstones.
+                because a dropped tombstone would let it bring an item back. 0 keeps all tombstones. Stock flags are in no bundle and stay.
 
         Raises:
             CatalogueLogError: a damaged log, or `covered` beyond its end.
@@ -252,16 +218,15 @@ class CatalogueLog:
             scan = _Scan(self.folder, None, None)
             found = [change for line in scan for change in line.changes]
             covered = max(covered, scan.covered)
-            newest = {change.item_id: change for change in found if change.sequence > covered}
-            kept = sorted(newest.values())
+            kept = newest([change for change in found if change.sequence > covered or change.in_stock is not None])
             name = _name("compacted", end.sequence)
             if end.sequence:
                 partial = self.folder / f".{uuid.uuid4().hex}.tmp"
                 try:
                     with partial.open("wb") as file:
-                        file.write(_sealed({"through": end.sequence, "covered": covered}))
+                        file.write(sealed({"through": end.sequence, "covered": covered}))
                         for start in range(0, len(kept), _CHANGES_A_LINE):
-                            file.write(_line_of(kept[start : start + _CHANGES_A_LINE]))
+                            file.write(line_of(kept[start : start + _CHANGES_A_LINE]))
                         file.flush()
                         os.fsync(file.fileno())
                     partial.rename(self.folder / name)
@@ -384,12 +349,12 @@ class _Scan:
             yield from self._segment(file, through, is_last=file is segments[-1])
 
     def _compacted(self, file: Path) -> Iterator[_Line]:
-        with file.open("rb") as opened:
-            first = opened.readline()
-            head = _opened(first[:-1])
+        with file.open("rb") as stream:
+            first = stream.readline()
+            head = opened(first[:-1])
             if head is None or "covered" not in head:
                 raise _damaged(file, 0)
-            data = opened.read() if self._after is None or self._after < _number(file) else b""
+            data = stream.read() if self._after is None or self._after < _number(file) else b""
         self.covered = int(head["covered"])
         if self._after is not None and self._after < self.covered:
             raise CatalogueLogError(
@@ -404,9 +369,9 @@ class _Scan:
         offset = self.position.offset if self.position.name == file.name else 0
         if offset == 0 and _number(file) > self.position.sequence + 1:
             raise _Unsettled(f"changes {self.position.sequence + 1} to {_number(file) - 1} are missing before {file.name}")
-        with file.open("rb") as opened:
-            opened.seek(offset)
-            data = opened.read()
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read()
         read = offset
         self.position = _Position(file.name, offset, self.position.sequence)
         for changes, end in _lines(file, data, offset, torn_allowed=is_last):
@@ -426,14 +391,14 @@ def _lines(file: Path, data: bytes, offset: int, *, torn_allowed: bool) -> Itera
     start = 0
     while start < len(data):
         end = data.find(b"\n", start)
-        values = _opened(data[start:end]) if end >= 0 else None
+        values = opened(data[start:end]) if end >= 0 else None
         if values is None:
-            seal = data.find(_SEAL, start)
-            if torn_allowed and end in (-1, len(data) - 1) and (seal < 0 or seal + _SEAL_BYTES >= len(data)):  # else a whole line, or more, is in it
+            seal = data.find(SEAL, start)
+            if torn_allowed and end in (-1, len(data) - 1) and (seal < 0 or seal + SEAL_BYTES >= len(data)):  # else a whole line, or more, is in it
                 return
             raise _damaged(file, offset + start)
         try:
-            changes = [_change_of(one) for one in values["changes"]]
+            changes = [change_of(one) for one in values["changes"]]
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(file, offset + start) from error
         start = end + 1
@@ -442,42 +407,6 @@ def _lines(file: Path, data: bytes, offset: int, *, torn_allowed: bool) -> Itera
 
 def _damaged(file: Path, offset: int) -> CatalogueLogError:
     return CatalogueLogError(f"{file}: the line at byte {offset} is damaged; bring the file back from a backup")
-
-
-def _sealed(values: Mapping[str, Any]) -> bytes:
-    """A line of JSON that ends with the CRC-32 of what stands before it."""
-    body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()[:-1]
-    return body + _SEAL + b'%08x"}\n' % zlib.crc32(body)
-
-
-def _opened(line: bytes) -> dict[str, Any] | None:
-    """The values of a line without its newline; None where it is not whole."""
-    body, _, seal = line.rpartition(_SEAL)
-    if seal != b'%08x"}' % zlib.crc32(body):
-        return None
-    values = json.loads(body + b"}")
-    return values if isinstance(values, dict) else None
-
-
-def _line_of(changes: Sequence[Change]) -> bytes:
-    return _sealed(
-        {
-            "changes": [
-                {"sequence": one.sequence, "delisted": one.item_id}
-                if one.record is None
-                else {"sequence": one.sequence, "item": dataclasses.asdict(one.record)}
-                for one in changes
-            ]
-        }
-    )
-
-
-def _change_of(values: Mapping[str, Any]) -> Change:
-    if "delisted" in values:
-        return Change(int(values["sequence"]), str(values["delisted"]), None)
-    item = values["item"]
-    record = ItemRecord(**{**item, "category_path": tuple(item["category_path"])})
-    return Change(int(values["sequence"]), record.item_id, record)
 
 
 def _files(folder: Path) -> list[Path]:

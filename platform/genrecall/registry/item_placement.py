@@ -27,7 +27,8 @@ from genrecall.data.validation import SCHEMAS, RowRules, check_chunk, text_colum
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.quantization.residual_quantizer import load_quantizer
-from genrecall.registry.catalogue_log import CatalogueLog, ItemRecord
+from genrecall.registry.catalogue_log import CatalogueLog
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.sid.assign import load_assigner, oversize_sids
 from genrecall.sid.index import load_index, load_sid_table
 from genrecall.sid.item_ids import ItemIds

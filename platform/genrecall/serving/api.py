@@ -235,7 +235,7 @@ def create_app(backend_of: Callable[[], Backend], keys: ApiKeys, admin_keys: Api
         dependencies=[Security(APIKeyHeader(name="X-API-Key", scheme_name="AdminKey", auto_error=False))],
     )
     async def items(changes: ItemsRequest) -> ItemsAccepted:
-        """Add, change and delist items; answered once the changes are on disk, whole or not at all."""
+        """Add, change and delist items, and say what is in stock; answered once the changes are on disk, whole or not at all."""
         if repeats := changes.repeats():
             raise RequestValidationError([{"type": "value_error", "loc": ("body", *where), "msg": message} for where, message in repeats])
         return await backend_of().change_items(changes)

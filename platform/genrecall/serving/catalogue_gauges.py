@@ -31,6 +31,7 @@ class CatalogueGauges:
         self._sequence = Gauge("genrecall_catalog_seq", "the last change of the catalogue in service")
         self._later = Gauge("genrecall_later_items", "items in service that the bundle does not have")
         self._delisted = Gauge("genrecall_delisted_items", "items of the bundle that are delisted")
+        self._out_of_stock = Gauge("genrecall_out_of_stock_items", "items in service that are out of stock")
         self._error_ratio = Gauge(
             "genrecall_later_error_ratio", "mean quantisation error of later items over that of the bundle's items; 0 without later items"
         )
@@ -47,6 +48,7 @@ class CatalogueGauges:
         self._sequence.set(float(bundle.catalog_seq))
         self._later.set(float(drift.later_items))
         self._delisted.set(float(drift.delisted_items))
+        self._out_of_stock.set(float(drift.out_of_stock_items))
         self._error_ratio.set(drift.error_ratio or 0.0)
         self._oversize.set(float(drift.oversize_sids))
         self._unknown.set(drift.unknown_categories or 0.0)

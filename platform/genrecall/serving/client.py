@@ -156,8 +156,15 @@ class RecallCalls(ABC):
         """What is being served; raises RecallError."""
         return self._ask("model", None, ModelInfo)
 
-    def change_items(self, upsert: Sequence[ItemUpsert | Mapping[str, Any]] = (), delist: Sequence[str] = ()) -> ItemsAccepted:
-        """Add or change items and take others out, whole or not at all; the fields of a record are those of `ItemUpsert`.
+    def change_items(
+        self,
+        upsert: Sequence[ItemUpsert | Mapping[str, Any]] = (),
+        delist: Sequence[str] = (),
+        *,
+        out_of_stock: Sequence[str] = (),
+        in_stock: Sequence[str] = (),
+    ) -> ItemsAccepted:
+        """Add or change items, take others out and say what is in stock, whole or not at all; the fields of a record are those of `ItemUpsert`.
 
         Answered once the changes are on disk: answers whose `versions.catalog_seq` is at least the one returned know them.
 
@@ -168,7 +175,8 @@ class RecallCalls(ABC):
         """
         if not self._may_change:
             raise ValueError("admin_key: changes of the catalogue need one, and the client was made without")
-        changes = ItemsRequest(upsert=[ItemUpsert.model_validate(one) for one in upsert], delist=list(delist))
+        records = [ItemUpsert.model_validate(one) for one in upsert]
+        changes = ItemsRequest(upsert=records, delist=list(delist), out_of_stock=list(out_of_stock), in_stock=list(in_stock))
         return self._ask("change_items", changes, ItemsAccepted)
 
 

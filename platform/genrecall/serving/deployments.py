@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from genrecall.registry.catalogue_log import CatalogueLogError, ItemRecord
+from genrecall.registry.catalogue_log import CatalogueLogError
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.versions import is_address
 from genrecall.serving import recall_pb2
 from genrecall.serving.answer_cache import AnswerCache, key_of
@@ -317,13 +318,14 @@ class RecallDeployment:
         log = self._follower.log
         assert log is not None, "checked at the start"
         records = [ItemRecord(**{**one.model_dump(), "category_path": tuple(one.category_path)}) for one in changes.upsert]
+        flags = {**dict.fromkeys(changes.out_of_stock, False), **dict.fromkeys(changes.in_stock, True)}
         try:
-            append = functools.partial(log.append, records, changes.delist, wait_s=_LOCK_WAIT_S)
+            append = functools.partial(log.append, records, changes.delist, in_stock=flags, wait_s=_LOCK_WAIT_S)
             sequence = await asyncio.get_running_loop().run_in_executor(self._log_thread, append)
         except CatalogueLogError as error:
             logger.error("the catalogue was not changed: %s", error)
             raise OverloadedError("the catalogue log cannot be written now; send the same changes again") from error
-        return ItemsAccepted(catalog_seq=sequence, upserted=len(records), delisted=len(changes.delist))
+        return ItemsAccepted(catalog_seq=sequence, upserted=len(records), delisted=len(changes.delist), stock_flags=len(flags))
 
     def ready(self) -> bool:
         """Whether requests get answered: the bundle was verified and warmed up before the replica started, so only a batch that hangs can stand in the way."""

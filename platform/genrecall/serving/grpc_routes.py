@@ -100,7 +100,7 @@ class GrpcRoutes:
         return await self._answered(answer, context, recall_pb2.ModelInfo)
 
     async def change_items(self, request: recall_pb2.ItemsRequest, context: CallContext) -> recall_pb2.ItemsAccepted:
-        """Add, change and delist items; answered once the changes are on disk, whole or not at all."""
+        """Add, change and delist items, and say what is in stock; answered once the changes are on disk, whole or not at all."""
 
         async def answer() -> Message:
             changes = _read(request, ItemsRequest, LARGER_BODIES["/v1/items"])

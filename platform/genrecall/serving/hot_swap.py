@@ -145,7 +145,10 @@ class BundleFollower:
 
     def _load(self, version: Version) -> ServedBundle:
         bundle = load_bundle(fetch_bundle(version, self._client, self._cache))
-        return self.up_to_date(ServedBundle(version, bundle if self.log is None else LiveBundle.over(bundle)))
+        if self.log is None:
+            return self.up_to_date(ServedBundle(version, bundle))
+        covered = bundle.catalog_seq
+        return self.up_to_date(ServedBundle(version, LiveBundle.over(bundle, self.log.in_stock(covered) if covered else {})))
 
     def _refuse(self, version: Version | None, served: ServedBundle, error: Exception) -> None:
         reason = f"{version.text if version else self.address}: {error}"

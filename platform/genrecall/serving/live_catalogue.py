@@ -6,7 +6,8 @@ on with its own.
 
 A published item keeps its SID, its vector and its words, whatever its record says now: answers show the new title, brand, category and price, and
 filters judge by them. A later item is placed by its newest record: an update gives it a new row, and perhaps another SID. Delisted items are in no
-answer; a published one still counts in a shopper's history. A record of a delisted item lists it again.
+answer; a published one still counts in a shopper's history. A record of a delisted item lists it again. Items out of stock are passed over by the
+filter `in_stock` alone.
 
 Shapes: N items of the bundle, m rows of later items, of which some are no longer in use, n records of a step.
 """
@@ -28,7 +29,8 @@ from genrecall.generator.live_filters import LiveFilterCache
 from genrecall.generator.retriever import Retriever
 from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.bundle import Bundle
-from genrecall.registry.catalogue_log import CatalogueLog, Change, ItemRecord, LogTail
+from genrecall.registry.catalogue_log import CatalogueLog, LogTail
+from genrecall.registry.catalogue_records import Change, ItemRecord, newest
 from genrecall.sid.assign import load_assigner, oversize_sids
 from genrecall.sid.index import SidIndex
 from genrecall.sid.own_records import OwnRecords
@@ -66,7 +68,7 @@ class Drift:
 
     Attributes:
         later_items: items in service that the bundle does not have. changed_items: items of the bundle that answers show otherwise.
-        delisted_items: items of the bundle that are gone.
+        delisted_items: items of the bundle that are gone. out_of_stock_items: items in service that are out of stock.
         error_ratio: mean squared distance of later items' latents from their codes, over that of a sample of the bundle's items; None without either.
         oversize_sids: SIDs beyond twice the cap that were not in the bundle. sids: all of them.
         unknown_categories: share of later items that name a category which no item of the bundle has or is below; None without later items.
@@ -76,6 +78,7 @@ class Drift:
     later_items: int = 0
     changed_items: int = 0
     delisted_items: int = 0
+    out_of_stock_items: int = 0
     error_ratio: float | None = None
     oversize_sids: int = 0
     unknown_categories: float | None = None
@@ -244,6 +247,7 @@ class LiveBundle(Bundle):
         later: the rows of later items. later_rows: their item rows by id, those in use alone.
         changed: what answers show of items of the bundle, by item row, where it differs. judged: of these, the rows of another category or brand.
         delisted: item rows of the bundle.
+        out_of_stock: ids, whether listed or not.
         names: of categories and brands.
     """
 
@@ -255,18 +259,22 @@ class LiveBundle(Bundle):
     changed: Mapping[int, _Shown]
     judged: frozenset[int]
     delisted: frozenset[int]
+    out_of_stock: frozenset[str]
     names: _Names
 
     @classmethod
-    def over(cls, bundle: Bundle) -> LiveBundle:
+    def over(cls, bundle: Bundle, in_stock: Mapping[str, bool] | None = None) -> LiveBundle:
         """A bundle to which nothing has happened since it was built.
+
+        Args:
+            in_stock: the stock flags among the changes that its items hold already, by id.
 
         Raises:
             QuantizerError, AssignError: parts of the bundle that do not belong together.
         """
         same = {field.name: getattr(bundle, field.name) for field in dataclasses.fields(Bundle)}
         same["retriever"] = bundle.retriever.with_index(SegmentedIndex(_base_of(bundle)))
-        return cls(
+        state = cls(
             **same,
             published=bundle,
             placer=ItemPlacer(bundle),
@@ -276,8 +284,10 @@ class LiveBundle(Bundle):
             changed={},
             judged=frozenset(),
             delisted=frozenset(),
+            out_of_stock=frozenset(one for one, flag in (in_stock or {}).items() if not flag),
             names=_Names({}, {}),
         )
+        return dataclasses.replace(state, retriever=state._retriever_over(same["retriever"].index)) if state.out_of_stock else state
 
     @property
     def catalog_seq(self) -> int:
@@ -288,6 +298,10 @@ class LiveBundle(Bundle):
     def num_listed(self) -> int:
         """Items that answers may hold."""
         return _base_of(self.published).num_published - len(self.delisted) + int(self.later.used.sum())
+
+    def in_stock(self, item_id: str) -> bool:
+        """As `Bundle.in_stock`, by the newest flag."""
+        return item_id not in self.out_of_stock
 
     def rows_of(self, item_ids: Iterable[str]) -> np.ndarray:
         """As `Bundle.rows_of`, later items included."""
@@ -327,6 +341,7 @@ class LiveBundle(Bundle):
             later_items=count,
             changed_items=len(self.changed),
             delisted_items=len(self.delisted),
+            out_of_stock_items=len(np.setdiff1d(self.rows_of(self.out_of_stock), sorted(self.delisted))),
             error_ratio=float(self.later.errors[used].mean()) / reference if count and reference > 0 else None,
             oversize_sids=len(np.setdiff1d(oversize_sids(self.retriever.index.sizes(), cap), before)),
             unknown_categories=float(self.later.unknown[used].mean()) if count else None,
@@ -343,15 +358,17 @@ class LiveBundle(Bundle):
 
     def with_changes(self, tail: LogTail) -> LiveBundle:
         """With the changes that follow `applied`."""
-        newest = sorted({change.item_id: change for change in tail.changes}.values())
+        latest = newest(tail.changes)
+        flags = {change.item_id: change.in_stock for change in latest if change.in_stock is not None}
+        latest = [change for change in latest if change.in_stock is None]
         base = _base_of(self.published)
-        known = self._published_rows(base, newest)
+        known = self._published_rows(base, latest)
         later_rows = dict(self.later_rows)
-        gone = [later_rows.pop(one.item_id) - len(self.items) for one in newest if one.item_id in later_rows]
+        gone = [later_rows.pop(one.item_id) - len(self.items) for one in latest if one.item_id in later_rows]
         later = self.later.without(gone) if gone else self.later
 
         delisted = set(self.delisted)
-        records = {row: change.record for change, row in zip(newest, known, strict=True) if row >= 0}
+        records = {row: change.record for change, row in zip(latest, known, strict=True) if row >= 0}
         delisted |= {row for row, record in records.items() if record is None}
         relisted = {row for row, record in records.items() if record is not None} & delisted
         delisted -= relisted
@@ -366,7 +383,7 @@ class LiveBundle(Bundle):
         else:
             index = index.without(np.array([*(delisted - self.delisted), *(len(self.items) + row for row in gone)], dtype=np.int64))
 
-        newcomers = [change.record for change, row in zip(newest, known, strict=True) if row < 0 and change.record is not None]
+        newcomers = [change.record for change, row in zip(latest, known, strict=True) if row < 0 and change.record is not None]
         names = self.names
         if newcomers:
             placed = self.placer.place(newcomers)
@@ -376,8 +393,17 @@ class LiveBundle(Bundle):
             later = later.with_rows(_LaterRows(np.ones(len(shown), bool), placed.errors, placed.unknown, *names.numbers_of(shown), shown))
             index = self._added(index, placed.sid_rows, newcomers, placed.vectors, placed.tokens)
         names = names.with_names(changed[row] for row in judged)
+        back = {one for one, flag in flags.items() if flag}
         state = dataclasses.replace(
-            self, applied=tail.sequence, later=later, later_rows=later_rows, changed=changed, judged=judged, delisted=frozenset(delisted), names=names
+            self,
+            applied=tail.sequence,
+            later=later,
+            later_rows=later_rows,
+            changed=changed,
+            judged=judged,
+            delisted=frozenset(delisted),
+            out_of_stock=(self.out_of_stock | flags.keys()) - back if flags else self.out_of_stock,
+            names=names,
         )
         return dataclasses.replace(state, retriever=state._retriever_over(index))
 
@@ -454,6 +480,7 @@ class LiveBundle(Bundle):
             categories=tuple(self.names.categories),
             brands=tuple(self.names.brands),
             off_lists=np.array(sorted(self.judged | self.delisted), dtype=np.int32),
+            out_of_stock=self.rows_of(self.out_of_stock).astype(np.int32),
         )
 
 

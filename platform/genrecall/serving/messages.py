@@ -5,11 +5,12 @@ Unknown fields are errors, so that a misspelt one is not silently ignored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from genrecall.registry.catalogue_log import id_problem
+from genrecall.registry.catalogue_records import id_problem
 from genrecall.sid.item_ids import MAX_ID_BYTES
 
 MAX_QUERY_CHARACTERS = 1000
@@ -222,6 +223,7 @@ class CatalogueInfo(Message):
     later_items: int = Field(description="items in service that the bundle does not have")
     changed_items: int = Field(description="items of the bundle that answers show otherwise")
     delisted_items: int = Field(description="items of the bundle that are gone")
+    out_of_stock_items: int = Field(default=0, description="items in service that are out of stock")
     error_ratio: float | None = Field(description="mean quantisation error of later items over that of the bundle's; null without later items")
     oversize_sids: int = Field(description="SIDs that later items brought beyond twice the cap")
     unknown_categories: float | None = Field(description="share of later items whose category the bundle does not know; null without later items")
@@ -276,7 +278,8 @@ class ItemUpsert(Message):
 
 
 class ItemsRequest(Message):
-    """Changes of the catalogue, applied whole or not at all: records first, then ids to delist; an id stands in it once."""
+    """Changes of the catalogue, applied whole or not at all: records first, then ids to delist, then stock; an id stands once in the first two and once in the
+    others."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -284,6 +287,7 @@ class ItemsRequest(Message):
                 {
                     "upsert": [{"item_id": "300001", "title": "Chrome angle bracket, 90 degrees", "category_path": ["Hardware", "Brackets"], "brand": "Acme"}],
                     "delist": ["100005"],
+                    "out_of_stock": ["300001"],
                 }
             ]
         }
@@ -291,19 +295,34 @@ class ItemsRequest(Message):
 
     upsert: list[ItemUpsert] = Field(default=[], max_length=MAX_ITEMS)
     delist: list[NewItemId] = Field(default=[], max_length=MAX_ITEMS, description="ids that no answer shall hold; unknown ones do no harm")
+    out_of_stock: list[NewItemId] = Field(
+        default=[], max_length=MAX_ITEMS, description="ids that the filter in_stock passes over from now on, whatever record they get and while they have none"
+    )
+    in_stock: list[NewItemId] = Field(default=[], max_length=MAX_ITEMS, description="ids that it passes over no longer")
 
     def repeats(self) -> list[tuple[tuple[str | int, ...], str]]:
         """Where an id stands that stood before, and what is wrong with that; or that there is nothing at all."""
-        if not self.upsert and not self.delist:
-            return [(("upsert",), "expected at least one record here, or an id in delist")]
-        places: dict[str, str] = {}
-        found: list[tuple[tuple[str | int, ...], str]] = []
-        ids: list[tuple[str, tuple[str | int, ...]]] = [(one.item_id, ("upsert", place, "item_id")) for place, one in enumerate(self.upsert)]
-        for item_id, where in [*ids, *((one, ("delist", place)) for place, one in enumerate(self.delist))]:
-            first = places.setdefault(item_id, ".".join(map(str, where)))
-            if first != ".".join(map(str, where)):
-                found.append((where, f"expected each id once, this one stands at {first} too"))
-        return found
+        if not (self.upsert or self.delist or self.out_of_stock or self.in_stock):
+            return [(("upsert",), "expected at least one record here, or an id in delist, out_of_stock or in_stock")]
+        records = [(one.item_id, ("upsert", place, "item_id")) for place, one in enumerate(self.upsert)]
+        return [
+            *_repeats([*records, *_places("delist", self.delist)]),
+            *_repeats([*_places("out_of_stock", self.out_of_stock), *_places("in_stock", self.in_stock)]),
+        ]
+
+
+def _places(field: str, ids: Sequence[str]) -> list[tuple[str, tuple[str | int, ...]]]:
+    return [(one, (field, place)) for place, one in enumerate(ids)]
+
+
+def _repeats(ids: Sequence[tuple[str, tuple[str | int, ...]]]) -> list[tuple[tuple[str | int, ...], str]]:
+    first_at: dict[str, str] = {}
+    found: list[tuple[tuple[str | int, ...], str]] = []
+    for item_id, where in ids:
+        first = first_at.setdefault(item_id, ".".join(map(str, where)))
+        if first != ".".join(map(str, where)):
+            found.append((where, f"expected each id once, this one stands at {first} too"))
+    return found
 
 
 class ItemsAccepted(Message):
@@ -312,6 +331,7 @@ class ItemsAccepted(Message):
     catalog_seq: int = Field(description="their last number: an answer whose versions.catalog_seq is at least this one knows them")
     upserted: int
     delisted: int
+    stock_flags: int = Field(default=0, description="of either kind")
 
 
 class Health(Message):

@@ -167,10 +167,11 @@ class ModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class CatalogueInfo(_message.Message):
-    __slots__ = ("later_items", "changed_items", "delisted_items", "error_ratio", "oversize_sids", "unknown_categories", "alarms", "problem")
+    __slots__ = ("later_items", "changed_items", "delisted_items", "out_of_stock_items", "error_ratio", "oversize_sids", "unknown_categories", "alarms", "problem")
     LATER_ITEMS_FIELD_NUMBER: _ClassVar[int]
     CHANGED_ITEMS_FIELD_NUMBER: _ClassVar[int]
     DELISTED_ITEMS_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_STOCK_ITEMS_FIELD_NUMBER: _ClassVar[int]
     ERROR_RATIO_FIELD_NUMBER: _ClassVar[int]
     OVERSIZE_SIDS_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_CATEGORIES_FIELD_NUMBER: _ClassVar[int]
@@ -179,12 +180,13 @@ class CatalogueInfo(_message.Message):
     later_items: int
     changed_items: int
     delisted_items: int
+    out_of_stock_items: int
     error_ratio: float
     oversize_sids: int
     unknown_categories: float
     alarms: _containers.RepeatedScalarFieldContainer[str]
     problem: str
-    def __init__(self, later_items: _Optional[int] = ..., changed_items: _Optional[int] = ..., delisted_items: _Optional[int] = ..., error_ratio: _Optional[float] = ..., oversize_sids: _Optional[int] = ..., unknown_categories: _Optional[float] = ..., alarms: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ...) -> None: ...
+    def __init__(self, later_items: _Optional[int] = ..., changed_items: _Optional[int] = ..., delisted_items: _Optional[int] = ..., out_of_stock_items: _Optional[int] = ..., error_ratio: _Optional[float] = ..., oversize_sids: _Optional[int] = ..., unknown_categories: _Optional[float] = ..., alarms: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ChallengerInfo(_message.Message):
     __slots__ = ("versions", "canary_share", "shadow_share", "refused")
@@ -243,22 +245,28 @@ class ItemUpsert(_message.Message):
     def __init__(self, item_id: _Optional[str] = ..., title: _Optional[str] = ..., category_path: _Optional[_Iterable[str]] = ..., brand: _Optional[str] = ..., text: _Optional[str] = ..., price: _Optional[float] = ..., prior_score: _Optional[float] = ...) -> None: ...
 
 class ItemsRequest(_message.Message):
-    __slots__ = ("upsert", "delist")
+    __slots__ = ("upsert", "delist", "out_of_stock", "in_stock")
     UPSERT_FIELD_NUMBER: _ClassVar[int]
     DELIST_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_STOCK_FIELD_NUMBER: _ClassVar[int]
+    IN_STOCK_FIELD_NUMBER: _ClassVar[int]
     upsert: _containers.RepeatedCompositeFieldContainer[ItemUpsert]
     delist: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, upsert: _Optional[_Iterable[_Union[ItemUpsert, _Mapping]]] = ..., delist: _Optional[_Iterable[str]] = ...) -> None: ...
+    out_of_stock: _containers.RepeatedScalarFieldContainer[str]
+    in_stock: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, upsert: _Optional[_Iterable[_Union[ItemUpsert, _Mapping]]] = ..., delist: _Optional[_Iterable[str]] = ..., out_of_stock: _Optional[_Iterable[str]] = ..., in_stock: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ItemsAccepted(_message.Message):
-    __slots__ = ("catalog_seq", "upserted", "delisted")
+    __slots__ = ("catalog_seq", "upserted", "delisted", "stock_flags")
     CATALOG_SEQ_FIELD_NUMBER: _ClassVar[int]
     UPSERTED_FIELD_NUMBER: _ClassVar[int]
     DELISTED_FIELD_NUMBER: _ClassVar[int]
+    STOCK_FLAGS_FIELD_NUMBER: _ClassVar[int]
     catalog_seq: int
     upserted: int
     delisted: int
-    def __init__(self, catalog_seq: _Optional[int] = ..., upserted: _Optional[int] = ..., delisted: _Optional[int] = ...) -> None: ...
+    stock_flags: int
+    def __init__(self, catalog_seq: _Optional[int] = ..., upserted: _Optional[int] = ..., delisted: _Optional[int] = ..., stock_flags: _Optional[int] = ...) -> None: ...
 
 class Problem(_message.Message):
     __slots__ = ("field", "message")

@@ -81,7 +81,7 @@ class RecallServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ChangeItems(self, request, context):
-        """Add, change and delist items; asks for an admin key.
+        """Add, change and delist items, and say what is in stock; asks for an admin key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -212,7 +212,7 @@ def filter_of(bundle: Bundle, asked: Filters | None) -> Filter | None:
 
 
 def _passing(bundle: Bundle, result: RecallResult, request: RecallRequest) -> RecallResult:
-    """The items of an unfiltered answer that pass, by what the bundle shows of them; without posting lists nothing is known to be out of stock."""
+    """The items of an unfiltered answer that pass, by what the bundle shows of them."""
     asked = request.filters
     assert asked is not None
     excluded = set(asked.excluded)
@@ -220,6 +220,7 @@ def _passing(bundle: Bundle, result: RecallResult, request: RecallRequest) -> Re
         place
         for place, item in enumerate(bundle.shown(result.item_rows))
         if item["item_id"] not in excluded
+        and (not asked.in_stock or bundle.in_stock(item["item_id"]))
         and (not asked.brands or item["brand"] in asked.brands)
         and (not asked.categories or any(item["category_path"][: len(path)] == path for path in asked.categories))
     ][: request.limit]

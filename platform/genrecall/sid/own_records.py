@@ -52,6 +52,7 @@ class OwnRecords:
         category_of, brand_of: int32 [n], numbers into `categories` and `brands`.
         categories: C distinct paths, root first; () where unknown. brands: B distinct names; "" where unknown.
         off_lists: int32, the item rows of the base that its lists shall no longer admit: delisted, or judged here.
+        out_of_stock: int32, item rows, judged here or by the lists.
     """
 
     rows: NDArray[np.int32]
@@ -62,13 +63,14 @@ class OwnRecords:
     categories: tuple[tuple[str, ...], ...]
     brands: tuple[str, ...]
     off_lists: NDArray[np.int32]
+    out_of_stock: NDArray[np.int32]
 
     def __len__(self) -> int:
         """n, the number of items."""
         return len(self.rows)
 
     def passing(self, wanted: Filter) -> NDArray[np.bool_]:
-        """Whether each item meets the filter, bool [n]; all of them are in stock, because nobody said otherwise."""
+        """Whether each item meets the filter, bool [n]."""
         passing = np.ones(len(self), dtype=np.bool_)
         if wanted.categories:
             paths = set(wanted.categories)
@@ -79,4 +81,10 @@ class OwnRecords:
             passing &= np.array([brand in names for brand in self.brands], dtype=np.bool_)[self.brand_of]
         if wanted.excluded:
             passing &= ~np.isin(self.rows, wanted.excluded)
+        if wanted.in_stock:
+            passing &= ~np.isin(self.rows, self.out_of_stock)
         return passing
+
+    def not_by_lists(self, wanted: Filter) -> NDArray[np.int32]:
+        """The item rows, int32, that the lists shall not admit by this filter, whatever they say."""
+        return np.concatenate([self.off_lists, self.out_of_stock]) if wanted.in_stock else self.off_lists

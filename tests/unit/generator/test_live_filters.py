@@ -36,8 +36,16 @@ FILTERS = st.builds(
 
 
 @settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 20), wanted=FILTERS, items=st.integers(1, 120), later=st.integers(0, 15), moved=st.integers(0, 10), gone=st.integers(0, 30))
-def test_a_filter_admits_what_a_loop_over_the_newest_records_finds_and_masks_exactly_its_sids(seed, wanted, items, later, moved, gone):
+@given(
+    seed=st.integers(0, 20),
+    wanted=FILTERS,
+    items=st.integers(1, 120),
+    later=st.integers(0, 15),
+    moved=st.integers(0, 10),
+    gone=st.integers(0, 30),
+    sold=st.integers(0, 30),
+)
+def test_a_filter_admits_what_a_loop_over_the_newest_records_finds_and_masks_exactly_its_sids(seed, wanted, items, later, moved, gone, sold):
     rng = np.random.default_rng(seed)
     trie = some_trie(rng)
     shop = [(PATHS[rng.integers(len(PATHS))], BRANDS[rng.integers(len(BRANDS))]) for _ in range(items)]
@@ -61,6 +69,7 @@ def test_a_filter_admits_what_a_loop_over_the_newest_records_finds_and_masks_exa
         categories=tuple(PATHS),
         brands=tuple(BRANDS),
         off_lists=np.union1d(judged, delisted).astype(np.int32),
+        out_of_stock=(out := rng.choice(items + later, min(sold, items + later), replace=False).astype(np.int32)),
     )
     cache = LiveFilterCache(published, records)
     found = cache.get(wanted)
@@ -72,6 +81,7 @@ def test_a_filter_admits_what_a_loop_over_the_newest_records_finds_and_masks_exa
         and (not wanted.categories or any(path[: len(one)] == one for one in wanted.categories))
         and (not wanted.brands or (brand != "" and brand in wanted.brands))
         and row not in wanted.excluded
+        and not (wanted.in_stock and row in out)
     }
     places = np.arange(items + later)
     assert set(index.rows_at(places[found.items.passes(places)]).tolist()) == expected
@@ -90,7 +100,7 @@ def test_states_of_the_catalogue_share_what_the_lists_admit():
     base = SidIndex.build(rng.integers(0, SIDS, 50).astype(np.int32), SIDS, np.zeros(50))
     published = FilterCache(FilterPostings.build([("Home",)] * 50, ["Acme"] * 50, base), some_trie(rng))
     none = np.zeros(0, np.int32)
-    nothing = OwnRecords(none, none, none.astype(np.int64), none, none, (), (), none)
+    nothing = OwnRecords(none, none, none.astype(np.int64), none, none, (), (), none, none)
     wanted = Filter(brands=("Acme",))
     first, second = (LiveFilterCache(published, nothing).get(wanted) for _ in range(2))
     assert (published.misses, published.hits) == (1, 1)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecall.registry import catalogue_log
-from genrecall.registry.catalogue_log import CatalogueBusyError, CatalogueLog, CatalogueLogError, ItemRecord, log_folder
+from genrecall.registry.catalogue_log import CatalogueBusyError, CatalogueLog, CatalogueLogError, log_folder
+from genrecall.registry.catalogue_records import ItemRecord
 
 
 def record(item_id, title="a hose", **fields):
@@ -151,6 +152,44 @@ def test_compaction_changes_no_state_after_what_is_covered(tmp_path_factory, req
     assert seen == expected
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    flags=st.lists(st.dictionaries(st.sampled_from("abcd"), st.booleans(), min_size=1), min_size=1, max_size=8),
+    compact_after=st.sets(st.integers(0, 7)),
+    through=st.integers(0, 20),
+)
+def test_the_newest_stock_flags_survive_any_compaction(tmp_path_factory, flags, compact_after, through):
+    log = CatalogueLog(tmp_path_factory.mktemp("log"))
+    expected, early = {}, {}
+    for number, one in enumerate(flags):
+        last = log.append([record("a")] if number % 2 else [], ["b"] if number % 3 == 0 else [], in_stock=one)
+        expected |= one
+        if last <= through:
+            early |= one
+        if number in compact_after:
+            log.compact(last)
+    assert {change.item_id: change.in_stock for change in log.read(last).changes} == {}
+    assert log.in_stock(last) == expected
+    if not compact_after:
+        numbers = [change for change in log.read(0).changes if change.in_stock is not None and change.sequence <= through]
+        assert log.in_stock(through) == {change.item_id: change.in_stock for change in numbers}
+        assert log.in_stock(through).items() >= {one: flag for one, flag in early.items() if sum(one in other for other in flags) == 1}.items()
+
+
+def test_records_tombstones_and_stock_flags_of_a_request_are_numbered_in_that_order(log):
+    assert log.append([record("a")], ["b"], in_stock={"a": False, "c": True}) == 4
+    changes = log.read(0).changes
+    assert [(one.item_id, one.record is not None, one.in_stock) for one in changes] == [
+        ("a", True, None),
+        ("b", False, None),
+        ("a", False, False),
+        ("c", False, True),
+    ]
+    with pytest.raises(CatalogueLogError, match=r"in_stock\.'': expected text.*in_stock\.'d': expected True or False, got 1"):
+        log.append([], in_stock={"": True, "d": 1})
+    assert log.read(0).sequence == 4
+
+
 def test_a_tombstone_survives_compaction_until_a_bundle_covers_it(log):
     log.append([record("a"), record("b")], ["old"])
     log.compact()
@@ -283,7 +322,7 @@ def test_all_that_cannot_be_is_named_and_nothing_written(log):
         "upsert.6.price: expected a finite number or None, got nan",
         "delist.1: expected at most 64 bytes in UTF-8, got 65",
     ]
-    with pytest.raises(CatalogueLogError, match="expected at least one record or id"):
+    with pytest.raises(CatalogueLogError, match="expected at least one record, id or stock flag"):
         log.append([])
     assert not log.folder.exists()
     for name in ("", ".", "..", "a/b"):

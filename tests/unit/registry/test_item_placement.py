@@ -11,7 +11,8 @@ import pytest
 from genrecall.data.schema import DataError
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
-from genrecall.registry.catalogue_log import CatalogueLog, ItemRecord
+from genrecall.registry.catalogue_log import CatalogueLog
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.item_placement import append_items, assign_items
 from genrecall.sid.assign import load_assigner
 from genrecall.sid.index import load_sid_table

@@ -7,7 +7,8 @@ import logging
 import pytest
 
 from genrecall.registry.bundle import load_bundle
-from genrecall.registry.catalogue_log import CatalogueLog, ItemRecord
+from genrecall.registry.catalogue_log import CatalogueLog
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.serving import catalogue_gauges
 from genrecall.serving.catalogue_gauges import CatalogueGauges
 from genrecall.serving.live_catalogue import DriftLimits, LiveBundle

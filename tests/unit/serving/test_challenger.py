@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from genrecall.registry.catalogue_log import ItemRecord
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.promotion import register
 from genrecall.serving import challenger as module
 from genrecall.serving.api import OverloadedError, VersionNotLoadedError

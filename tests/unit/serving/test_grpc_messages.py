@@ -168,7 +168,15 @@ def test_what_goes_over_the_wire_comes_back_as_it_was(message):
 
 def test_what_is_null_comes_back_as_null():
     catalogue = messages.CatalogueInfo(
-        later_items=0, changed_items=0, delisted_items=0, error_ratio=None, oversize_sids=0, unknown_categories=0.0, alarms=[], problem=None
+        later_items=0,
+        changed_items=0,
+        delisted_items=0,
+        out_of_stock_items=0,
+        error_ratio=None,
+        oversize_sids=0,
+        unknown_categories=0.0,
+        alarms=[],
+        problem=None,
     )
     challenger = messages.ChallengerInfo(versions=None, canary_share=0.25, shadow_share=0.0, refused="shop/3: changed")
     info = ModelInfo(

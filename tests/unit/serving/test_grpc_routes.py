@@ -43,7 +43,9 @@ class Backend:
 
     async def change_items(self, changes):
         self.changed.append(changes)
-        return ItemsAccepted(catalog_seq=7, upserted=len(changes.upsert), delisted=len(changes.delist))
+        return ItemsAccepted(
+            catalog_seq=7, upserted=len(changes.upsert), delisted=len(changes.delist), stock_flags=len(changes.out_of_stock) + len(changes.in_stock)
+        )
 
     def ready(self):
         return True
@@ -111,7 +113,9 @@ def test_all_calls_answer_and_what_is_asked_arrives(server, client):
     ]
     assert [one.items[0].item_id for one in client.recall_batch([RecallRequest(query="a"), RecallRequest(query="b")])] == ["a", "b"]
     assert client.model() == server.backend.info()
-    assert client.change_items([{"item_id": "n1", "title": "lamp", "price": 2.5}], delist=["i2"]) == ItemsAccepted(catalog_seq=7, upserted=1, delisted=1)
+    assert client.change_items([{"item_id": "n1", "title": "lamp", "price": 2.5}], delist=["i2"], out_of_stock=["n1"], in_stock=["i3", "i4"]) == ItemsAccepted(
+        catalog_seq=7, upserted=1, delisted=1, stock_flags=3
+    )
     (changes,) = server.backend.changed
     assert (changes.upsert[0].price, changes.upsert[0].prior_score, changes.delist) == (2.5, None, ["i2"])
 

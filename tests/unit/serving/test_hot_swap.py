@@ -12,7 +12,8 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from genrecall.registry.bundle import BundleError
-from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, ItemRecord
+from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.promotion import register
 from genrecall.registry.versions import RegistryError, fetch_bundle
 from genrecall.serving import hot_swap

@@ -29,7 +29,9 @@ class FakeBackend:
         if self.error:
             raise self.error
         self.taken.append(changes)
-        return ItemsAccepted(catalog_seq=7, upserted=len(changes.upsert), delisted=len(changes.delist))
+        return ItemsAccepted(
+            catalog_seq=7, upserted=len(changes.upsert), delisted=len(changes.delist), stock_flags=len(changes.out_of_stock) + len(changes.in_stock)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +73,8 @@ def fields_of(response):
 
 def test_records_and_ids_are_taken_and_numbered(post, backend):
     record = {"item_id": "300001", "title": "hose", "category_path": ["Home", "灯"], "brand": "Acme", "text": "long", "price": 3, "prior_score": -1.5}
-    response = post({"upsert": [record, {"item_id": "b", "title": "x"}], "delist": ["c"]})
-    assert (response.status_code, response.json()) == (200, {"catalog_seq": 7, "upserted": 2, "delisted": 1})
+    response = post({"upsert": [record, {"item_id": "b", "title": "x"}], "delist": ["c"], "out_of_stock": ["b", "z"], "in_stock": ["c"]})
+    assert (response.status_code, response.json()) == (200, {"catalog_seq": 7, "upserted": 2, "delisted": 1, "stock_flags": 3})
     assert backend.taken[0].upsert[0].model_dump() == record
     assert post({"delist": ["c"]}, headers={"authorization": f"Bearer {OTHER_ADMIN}"}).status_code == 200
 
@@ -131,6 +133,8 @@ GOOD = {"item_id": "a", "title": "hose"}
         ({"upsert": [GOOD, {"item_id": "b", "title": "x"}, GOOD]}, "upsert.2.item_id", "expected each id once, this one stands at upsert.0.item_id too"),
         ({"upsert": [GOOD], "delist": ["b", "a"]}, "delist.1", "this one stands at upsert.0.item_id too"),
         ({"delist": ["b", "b"]}, "delist.1", "this one stands at delist.0 too"),
+        ({"delist": ["b"], "out_of_stock": ["b", "a"], "in_stock": ["a"]}, "in_stock.0", "this one stands at out_of_stock.1 too"),
+        ({"in_stock": ["a\0"]}, "in_stock.0", "does not end in a zero byte"),
         ({"delist": ["x" * 65]}, "delist.0", "at most 64 characters"),
         ({"delist": [5]}, "delist.0", "valid string"),
         ({"delete": ["b"]}, "delete", "Extra inputs are not permitted"),
@@ -159,7 +163,7 @@ def test_all_that_is_wrong_is_named_at_once(post):
 
 def test_a_log_that_cannot_be_written_is_503_with_retry_after(post, backend):
     backend.error = OverloadedError("the catalogue log cannot be written now; send the same changes again")
-    response = post({"delist": ["c"]})
+    response = post({"delist": ["c"], "out_of_stock": ["b", "z"], "in_stock": ["c"]})
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 

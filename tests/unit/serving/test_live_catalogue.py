@@ -17,7 +17,8 @@ from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import Retriever
 from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.bundle import load_bundle
-from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, ItemRecord
+from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.versions import Version
 from genrecall.serving import live_catalogue
 from genrecall.serving.live_catalogue import Drift, DriftLimits, LiveBundle
@@ -177,8 +178,30 @@ def test_later_items_count_in_histories_filters_and_exclusions(bundle, log):
         assert len(found.items) == 1
 
 
+def test_what_is_out_of_stock_is_passed_over_by_the_filter_alone(bundle, log):
+    log.append([record("n1")], in_stock={"n1": False, "i00": False, "i01": False, "later": False, "nobody": False})
+    live = followed(bundle, log)
+    everything = {f"i{row:02d}" for row in range(40)} | {"n1"}
+    available = Filters(in_stock=True)
+    assert set(items_of(live)) == everything
+    assert set(items_of(live, filters=available)) == everything - {"n1", "i00", "i01"}
+    assert live.drift.out_of_stock_items == 3
+    log.append([record("later"), record("i00", "renamed", brand="Zenith")], ["i01"], in_stock={"n1": True})
+    live = live.caught_up(log)
+    assert set(items_of(live, filters=available)) == everything - {"i00", "i01"}  # flags stay whatever the record
+    assert set(items_of(live)) == (everything | {"later"}) - {"i01"}
+    assert live.drift.out_of_stock_items == 2
+    log.append([record("i01")], in_stock={"i00": True, "later": True})
+    live = live.caught_up(log)
+    assert set(items_of(live, filters=available)) == (everything | {"later"}) - {"i01"}
+    assert set(items_of(live, filters=Filters(in_stock=True, brands=["Zenith"]))) == {"i00"}
+
+
 CHANGE = st.tuples(
-    st.sampled_from(["i00", "i01", "i17", "n0", "n1", "n2", "n3"]), st.sampled_from(["delist", *THINGS]), st.sampled_from(["Acme", "Zenith", ""])
+    st.sampled_from(["i00", "i01", "i17", "n0", "n1", "n2", "n3"]),
+    st.sampled_from(["delist", *THINGS]),
+    st.sampled_from(["Acme", "Zenith", ""]),
+    st.sampled_from([None, True, False]),
 )
 REQUESTS = st.lists(st.lists(CHANGE, min_size=1, max_size=4, unique_by=lambda change: change[0]), min_size=1, max_size=8)
 
@@ -188,17 +211,20 @@ REQUESTS = st.lists(st.lists(CHANGE, min_size=1, max_size=4, unique_by=lambda ch
     requests=REQUESTS,
     at_most=st.sampled_from([1, 3, 1000]),
     compact=st.booleans(),
-    wanted=st.sampled_from([{}, {"brands": ["Zenith"]}, {"categories": [["Home", "garden hose"]]}]),
+    wanted=st.sampled_from([{}, {"brands": ["Zenith"]}, {"categories": [["Home", "garden hose"]]}, {"in_stock": True}, {"brands": ["Acme"], "in_stock": True}]),
 )
 def test_any_history_ends_where_the_newest_records_say_however_it_is_followed(bundle, tmp_path_factory, requests, at_most, compact, wanted):
     log = CatalogueLog(tmp_path_factory.mktemp("log"))
     shop = {row["item_id"]: (row["title"], row["brand"], row["category_path"]) for row in bundle.items.to_pylist()}
+    stock: dict[str, bool] = {}
     live = LiveBundle.over(bundle)
     for changes in requests:
         # Equal titles have equal scores: their order is that of the rows.
-        upsert = [record(one, thing, ("Home", thing), brand) for one, thing, brand in changes if thing != "delist"]
-        delist = [one for one, thing, _ in changes if thing == "delist"]
-        log.append(upsert, delist)
+        upsert = [record(one, thing, ("Home", thing), brand) for one, thing, brand, _ in changes if thing != "delist"]
+        delist = [one for one, thing, _, _ in changes if thing == "delist"]
+        flags = {one: flag for one, _, _, flag in changes if flag is not None}
+        log.append(upsert, delist, in_stock=flags)
+        stock |= flags
         for one in upsert:
             shop[one.item_id] = (one.title, one.brand, list(one.category_path))
         for one in delist:
@@ -213,7 +239,9 @@ def test_any_history_ends_where_the_newest_records_say_however_it_is_followed(bu
     expected = {
         one: shown
         for one, shown in shop.items()
-        if (not wanted.get("brands") or shown[1] in wanted["brands"]) and (not wanted.get("categories") or shown[2][:2] in wanted["categories"])
+        if (not wanted.get("brands") or shown[1] in wanted["brands"])
+        and (not wanted.get("categories") or shown[2][:2] in wanted["categories"])
+        and (not wanted.get("in_stock") or stock.get(one, True))
     }
     for state in (live, late):
         assert {one: (item.title, item.brand, item.category_path) for one, item in items_of(state, filters=filters).items()} == expected
@@ -249,6 +277,8 @@ def test_a_bundle_without_posting_lists_takes_newcomers_too_guided_or_not(bundle
     found = items_of(live)
     assert set(found) == {f"i{row:02d}" for row in range(1, 40)} | {"new"}
     assert set(items_of(live, filters=Filters(brands=["Zenith"]))) == {"new"}
+    log.append([], in_stock={"i01": False})
+    assert set(items_of(live.caught_up(log), filters=Filters(in_stock=True))) == set(found) - {"i01"}
     if not guided:  # the site's own order inside a cluster
         assert next(item.item_id for item in answer(live).items if item.sid == found["new"].sid) == "new"
 
@@ -271,8 +301,14 @@ def test_what_a_bundle_covers_is_not_applied_again(untrained_line, tmp_path, log
     assert set(items_of(followed(older, log))) == {f"i{row:02d}" for row in range(1, 40)} | {"a", "b"}
     log.compact(covered=2)
     assert "b" in items_of(followed(covering, log))
+    log.append([], in_stock={"i02": False})
+    log.compact(covered=4)
+    # A bundle never holds stock flags itself, whatever its items cover.
+    late = LiveBundle.over(dataclasses.replace(covering, about={**covering.about, "catalog_seq": 4}), log.in_stock(4))
+    assert "i02" not in items_of(late, filters=Filters(in_stock=True))
+    assert "i02" in items_of(late)
     # Without the dropped tombstone i00 would come back.
-    with pytest.raises(CatalogueLogError, match="serve a bundle that covers 2 or more"):
+    with pytest.raises(CatalogueLogError, match="serve a bundle that covers 4 or more"):
         followed(older, log)
 
 
