@@ -135,20 +135,22 @@ async function recall() {
   if (value("beam")) request.beam_size = Number(value("beam"));
   keepInAddress(request);
   const answers = [];
+  let refusal = "";
   try {
     for (const more of columns) {
       const started = performance.now();
       answers.push([await call("v1/recall", { ...request, ...more }), performance.now() - started]);
     }
   } catch (error) {
-    if (mine === asking) say(error.message, true);
-    return;
+    refusal = error.message;
   }
   if (mine !== asking) return; // a later question is on its way
+  if (refusal) say(refusal, true);
+  if (!answers.length) return;
   element("columns").replaceChildren();
   element("columns").classList.toggle("several", answers.length > 1);
   for (const [answer, milliseconds] of answers) show(answer, milliseconds);
-  say(answers.every(([answer]) => answer.items.length === 0) ? "nothing found" : "");
+  if (!refusal) say(answers.every(([answer]) => answer.items.length === 0) ? "nothing found" : "");
 }
 
 // The question stays in the address, so that it can be sent to a colleague; the key does not.

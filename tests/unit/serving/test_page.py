@@ -17,12 +17,13 @@ import pytest
 import uvicorn
 from websockets.sync.client import connect
 
-from genrecall.serving.api import create_app
+from genrecall.serving.api import VersionNotLoadedError, create_app
 from genrecall.serving.api_keys import ApiKeys
-from genrecall.serving.messages import ItemExplanation, ModelInfo, Prefix, RecalledItem, RecalledSid, RecallResponse, Timings, Versions
+from genrecall.serving.messages import ChallengerInfo, ItemExplanation, ModelInfo, Prefix, RecalledItem, RecalledSid, RecallResponse, Timings, Versions
 
 EVIL = "<img src=x onerror=document.title='owned'>&<script>1</script>"
 VERSIONS = Versions(model="genrecall-shop/3", bundle="0123456789abcdef")
+CHALLENGER = Versions(model="genrecall-shop/4", bundle="fedcba9876543210", role="challenger")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome found on PATH; install one to run the page in it")
@@ -33,9 +34,12 @@ class Backend:
 
     def __init__(self):
         self.requests = []
+        self.challenger = None
 
     async def recall(self, request):
         self.requests.append(request)
+        if request.version == "challenger" and request.query == "gone":
+            raise VersionNotLoadedError("no challenger is loaded")
         sids = []
         for row in range(6):
             sid = f"<{row // 2},{row},7>"
@@ -60,7 +64,8 @@ class Backend:
         ]
         timings = Timings(generate_ms=4.2, expand_ms=0.1, batch_size=1, cached=request.query == "again")
         why = ["load", "deadline"] if request.query == "hurry" else []
-        return RecallResponse(items=items, sids=sids, beam_size=20, versions=VERSIONS, timings=timings, degraded=bool(why), degraded_by=why)
+        versions = CHALLENGER if request.version == "challenger" else VERSIONS
+        return RecallResponse(items=items, sids=sids, beam_size=20, versions=versions, timings=timings, degraded=bool(why), degraded_by=why)
 
     def ready(self):
         return True
@@ -76,6 +81,7 @@ class Backend:
             refused=f"shop/4: {EVIL}",
             genders=["f", "m"],
             age_bands=["18-24", EVIL],
+            challenger=self.challenger,
         )
 
 
@@ -136,7 +142,9 @@ class Tab:
 @pytest.fixture
 def tab(url, tmp_path):
     profile = tmp_path / "profile"
-    browser = subprocess.Popen([BROWSER, *options_of(profile), "--remote-debugging-port=0", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    browser = subprocess.Popen(
+        [BROWSER, *options_of(profile), "--window-size=1400,900", "--remote-debugging-port=0", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         port_file = profile / "DevToolsActivePort"
         deadline = time.monotonic() + 60
@@ -211,6 +219,25 @@ def test_typing_a_query_and_picking_a_shopper_asks_for_them(tab, backend):
     tab("document.getElementById('query').value = 'hurry'; document.getElementById('form').requestSubmit()")
     tab.until("document.querySelector('.degraded').textContent === 'degraded: load, deadline' && !document.querySelector('.degraded').hidden")
     assert tab("document.querySelectorAll('.column').length") == 1
+
+
+def test_a_loaded_challenger_answers_beside_the_champion(tab, backend):
+    backend.challenger = ChallengerInfo(versions=CHALLENGER, canary_share=0.1, shadow_share=0.0, refused=None)
+    try:
+        tab("document.getElementById('query').value = 'hose'; document.getElementById('form').requestSubmit()")
+        tab.until("document.querySelectorAll('.column').length === 2")
+        names = "[...document.querySelectorAll('.column .name')].map((one) => one.textContent)"
+        assert tab(names) == ["genrecall-shop/3 · champion", "genrecall-shop/4 · challenger"]
+        assert [request.version for request in backend.requests[-2:]] == ["champion", "challenger"]
+        assert tab("[...document.querySelectorAll('.column')].map((one) => one.querySelectorAll('.items tr').length)") == [11, 11]
+        left, right = tab("[...document.querySelectorAll('.column')].map((one) => one.getBoundingClientRect().left)")
+        assert right > left  # side by side
+        tab("document.getElementById('query').value = 'gone'; document.getElementById('form').requestSubmit()")
+        tab.until("document.querySelectorAll('.column').length === 1")
+        assert tab(names) == ["genrecall-shop/3 · champion"]
+        assert "version: no challenger is loaded" in tab("document.getElementById('status').textContent")
+    finally:
+        backend.challenger = None
 
 
 def test_a_click_on_a_sid_leaves_its_items_and_another_brings_all_back(tab):
