@@ -1,4 +1,9 @@
-"""The fields of KubeRay's resources that the manifests use, as JSON schemas that admit no other: a misspelt field fails."""
+"""The fields of KubeRay's resources that the manifests use, as JSON schemas that admit no other: a misspelt field fails.
+
+Names and types follow KubeRay's Go types (github.com/ray-project/kuberay, ray-operator/apis/ray/v1: `raycluster_types.go`, `rayservice_types.go`,
+`rayjob_types.go`), from which its CRDs are generated, and Kubernetes' for the pods. No registry that the tests may use has the CRDs themselves, which
+are a megabyte each; `test_kuberay.py` takes them from a folder where there is one.
+"""
 
 from __future__ import annotations
 
