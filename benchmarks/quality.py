@@ -1,11 +1,14 @@
 """The command that rebuilds the quality tables: a grid of pipeline runs over data sets, seeds and experiments, then tables over the seeds.
 
-    python benchmarks/quality.py [--datasets marketplace amazon_scientific home_depot] [--seeds 0 1 2] [--jobs 2] [--collect-only]
+    python benchmarks/quality.py [--datasets marketplace amazon_scientific home_depot] [--experiments channels sids large] [--seeds 0 1 2] [--jobs 2]
+        [--collect-only]
 
 Experiments:
 - channels: the recipe as recommended, with CQ-SID alone and without reinforcement learning.
 - sids: the SIDs compared in the paper's setting: item features are content alone (an encoder that has seen no query), and the generator reads
   the query as text alone. With features that clicks have aligned already, RQ-VAE has much of what CQ-SID's constraints bring.
+- large: the same setting among the large marketplace's 100,000 items: how many SIDs must be written so that, of what they hold, the 1,000 items
+  of highest prior have the most targets; CQ-SID against RQ-VAE, also with clusters as large on average.
 
 A cell is one (dataset, seed, experiment), a process of its own with its own home `GENRECALL_HOME/quality/DATASET/seedK/EXPERIMENT/` and
 its own MLflow store there; its log lies beside that folder. Run the command again after an interrupt or an error: finished cells, stages
@@ -41,23 +44,35 @@ from genrecall.tracking import use_tracking
 DATASETS = ("marketplace", "amazon_scientific", "home_depot")
 SEEDS = (0, 1, 2)
 SID_VARIANTS = ("cqsid", "rqvae", "rqvae_resized", "cqsid_without_category", "cqsid_without_query", "rqkmeans")
-VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS}
-WITHOUT_CATEGORIES = ("home_depot",)
-"""There CQ-SID has the query constraint alone, so one ablation would be CQ-SID again and the other RQ-VAE: the SIDs are not compared."""
+VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS, "large": ("cqsid", "rqvae", "rqvae_resized")}
 PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
-SIDS_TASKS: Mapping[str, tuple[str, ...]] = {
-    "marketplace": (
-        "data.marketplace_size=medium",
-        "quantizer.level_sizes=[256,16,16]",
-        "generator.stage1.steps=300",
-        "generator.stage2.steps=900",
-        "generator.stage3.steps=300",
-    ),
-    "amazon_scientific": ("quantizer.level_sizes=[256,8,8]", "generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150"),
-    "tiny": ("generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
+TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "sids": {
+        "marketplace": (
+            "data.marketplace_size=medium",
+            "quantizer.level_sizes=[256,16,16]",
+            "generator.stage1.steps=300",
+            "generator.stage2.steps=900",
+            "generator.stage3.steps=300",
+        ),
+        "amazon_scientific": ("quantizer.level_sizes=[256,8,8]", "generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150"),
+        "tiny": ("generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
+    },
+    "large": {
+        "marketplace": (
+            "data.marketplace_size=large",
+            "quantizer.level_sizes=[256,16,16]",
+            "generator.stage1.steps=500",
+            "generator.stage2.steps=1200",
+            "generator.stage3.steps=300",
+            "evaluation.beams=[1,10,100,320]",
+            "evaluation.cut_beams=[20,40,60,80,100,120,140,160,180,200,240,280,320]",
+        ),
+    },
 }
 """Where SIDs are compared: among the medium marketplace's 20,000 items (the small one's 2,000 leave RQ-VAE nothing to miss), after shorter training, since
-these generators are only compared with each other."""
+these generators are only compared with each other. Not on Home Depot: without categories CQ-SID has the query constraint alone, so one ablation would be
+CQ-SID again and the other RQ-VAE."""
 SIZE_TOLERANCE = 0.05
 RESIZE_TRIES = 6
 
@@ -93,20 +108,21 @@ class Cell:
         found = [f"{part}.seed={self.seed}" for part in ("encoder", "quantizer", "sid", "generator")]
         found += [f"variants={json.dumps(self.variants())}", "align=none", "evaluation.max_requests=1500"]
         return found + (
-            ["resized_levels=[2,2,2]", *PAPER_SETTING, *SIDS_TASKS[self.dataset]] if self.experiment == "sids" else []
+            [] if self.experiment == "channels" else ["resized_levels=[2,2,2]", *PAPER_SETTING, *TASKS[self.experiment][self.dataset]]
         )  # resized later, see `resize`
 
     def reuses(self) -> list[tuple[Cell, str]]:
         """(cell, artifact) that it takes over from cells before it: all cells of a data set share it."""
-        own_data = self.experiment == "sids" and any(change.startswith("data.") for change in SIDS_TASKS[self.dataset])
-        first = replace(self, seed=0, experiment="sids" if own_data else "channels")
+        changes = TASKS.get(self.experiment, {}).get(self.dataset, ())
+        own_data = any(change.startswith("data.") for change in changes)
+        first = replace(self, seed=0, experiment=self.experiment if own_data else "channels")
         return [] if self == first else [(first, "dataset")]
 
 
-def grid(datasets: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+def grid(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence[str] = tuple(VARIANTS)) -> list[Cell]:
     """All cells, one seed of every data set before the next seed."""
-    cells = [Cell(dataset, seed, experiment) for seed in seeds for dataset in datasets for experiment in VARIANTS]
-    return [cell for cell in cells if cell.experiment == "channels" or cell.dataset not in WITHOUT_CATEGORIES]
+    cells = [Cell(dataset, seed, experiment) for seed in seeds for dataset in datasets for experiment in VARIANTS if experiment in experiments]
+    return [cell for cell in cells if cell.experiment == "channels" or cell.dataset in TASKS[cell.experiment]]
 
 
 def run_cell(cell: Cell, where: Places) -> None:
@@ -183,7 +199,7 @@ def cell_command(cell: Cell) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), "--cell", cell.dataset, str(cell.seed), cell.experiment]
 
 
-def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: Path) -> None:
+def collect(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence[str], root: Path, output: Path) -> None:
     """Write and print the tables of every (dataset, experiment) whose seeds are all there.
 
     Raises:
@@ -192,8 +208,10 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: P
     """
     now, fresh, rebuilt = commit(), list[Record](), list[tuple[str, str]]()
     for dataset in datasets:
-        command = f"python benchmarks/quality.py --datasets {dataset}" + ("" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}")
-        for experiment in dict.fromkeys(cell.experiment for cell in grid([dataset], seeds)):
+        command = f"python benchmarks/quality.py --datasets {dataset}"
+        command += "" if tuple(experiments) == tuple(VARIANTS) else f" --experiments {' '.join(experiments)}"
+        command += "" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}"
+        for experiment in dict.fromkeys(cell.experiment for cell in grid([dataset], seeds, experiments)):
             folders = {str(cell): cell.artifact(root, "evaluation") for cell in (Cell(dataset, seed, experiment) for seed in seeds)}
             missing = [name for name, folder in folders.items() if not (folder / "metrics.json").exists()]
             if missing:
@@ -217,6 +235,7 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], root: Path, output: P
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=(*DATASETS, "tiny"))
+    parser.add_argument("--experiments", nargs="+", default=list(VARIANTS), choices=tuple(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--collect-only", action="store_true", help="make the tables from the evaluations that are there")
@@ -238,9 +257,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed grid leaves no cell behind
         datasets, seeds = list(dict.fromkeys(options.datasets)), sorted(set(options.seeds))
+        experiments = [experiment for experiment in VARIANTS if experiment in options.experiments]
         if not options.collect_only:
-            run_grid(grid(datasets, seeds), Path(where.home), jobs=options.jobs, command=cell_command)
-        collect(datasets, seeds, Path(where.home), options.output)
+            run_grid(grid(datasets, seeds, experiments), Path(where.home), jobs=options.jobs, command=cell_command)
+        collect(datasets, seeds, experiments, Path(where.home), options.output)
     except (ConfigError, CollectionError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:

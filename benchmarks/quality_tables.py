@@ -21,12 +21,14 @@ import numpy as np
 import paired_records
 from paired_records import Columns, PairedRecords, Record, markdown_table, mean, origin, require_equal
 
+from genrecall.evaluation.bootstrap import Bootstrap
 from genrecall.evaluation.results_table import row_name, show, show_gain
 
 ALL_QUERIES = "_all_queries"
 TABLES_OF = {
     "channels": ("channels", "channels_all_queries", "channels_by_slice", "semantic_guided", "personalised_guided"),
     "sids": ("semantic", "semantic_all_queries", "personalised", "personalised_all_queries"),
+    "large": ("semantic_large", "personalised_large"),
 }
 """The tables that each experiment fills."""
 TITLES = {
@@ -39,6 +41,8 @@ TITLES = {
     "semantic_all_queries": "SIDs compared under the paper's generator, query alone, all queries",
     "personalised": "SIDs compared under the paper's generator, query and shopper",
     "personalised_all_queries": "SIDs compared under the paper's generator, query and shopper, all queries",
+    "semantic_large": "Items against SIDs written, 100,000 items, query alone",
+    "personalised_large": "Items against SIDs written, 100,000 items, query and shopper",
 }
 REQUESTS_NOTE = (
     "Headline tables hold the test requests whose query is unseen in training and free of its targets' category words; "
@@ -52,6 +56,7 @@ SID_MISSES = ("clk@100", "hit@items100")
 SIZE = "items_per_sid"
 CUT_ROWS = ("rqvae", "rqvae_resized", "cqsid")
 CUT = "cut1000@beam"
+BEST, NEEDED, SAVED = "best_cut1000_beam", "beam_for_best_cut1000_of_", "beam_saved_vs_"
 CHANNEL_ROWS = ("bm25", "dense", "popularity", "generative", "rrf_bm25_dense", "rrf_all")
 RECALLS = ("recall@10", "recall@100")
 ADDED = ("marginal@100", "missed_found@100")
@@ -142,6 +147,10 @@ class Collector:
         if experiment == "channels":
             found = self._channels() + self._slices() + self._sid_tables((MAIN,), "_guided")
             return found + ([] if everything is None else everything._channels(ALL_QUERIES))
+        if experiment == "large":
+            return self._sid_tables(SID_ROWS, "_large") + [
+                record for source in ("semantic", "personalised") for record in self._beams(source, f"{source}_large")
+            ]
         return self._sid_tables(SID_ROWS) + ([] if everything is None else everything._sid_tables(SID_ROWS, ALL_QUERIES))
 
     def _channels(self, suffix: str = "") -> list[Record]:
@@ -176,6 +185,24 @@ class Collector:
         records = self._means(source, table, wanted) + self._gains(source, table, pairs, SID_METRICS, SID_MISSES)
         return records + [self._maker.record(table, row, SIZE, mean(values)) for row, values in sizes.items() if values]
 
+    def _beams(self, source: str, table: str) -> list[Record]:
+        """The beam at which each RQ-VAE is best after the cut, the beam at which CQ-SID is as good, and the share of SIDs saved (None: it never is)."""
+        rows, records = self._rows(source), list[Record]()
+        cuts = [metric for _, metric in sorted((int(metric.removeprefix(CUT)), metric) for metric in rows.get(MAIN, {}) if metric.startswith(CUT))]
+        beams = np.array([int(metric.removeprefix(CUT)) for metric in cuts], dtype=np.float64)
+        for base in [row for row in CUT_ROWS if row != MAIN and row in rows]:
+            cube = np.stack([rows[row][metric] for row in (base, MAIN) for metric in cuts], axis=2)
+            bootstrap = Bootstrap(cube.shape[1], samples=self.samples)
+            point = np.array([[one.value for one in bootstrap.intervals(cube)]], dtype=np.float64)
+            values = np.concatenate([point, bootstrap.means(cube)])  # [1 + samples, 2 x beams]
+            theirs, ours = values[:, : len(beams)], values[:, len(beams) :]
+            best = beams[theirs.argmax(axis=1)]
+            needed = beam_needed(beams, ours, theirs.max(axis=1))
+            for row, metric, numbers in ((base, BEST, best), (MAIN, f"{NEEDED}{base}", needed), (MAIN, f"{SAVED}{base}", 1 - needed / best)):
+                bounds = (numbers[0], *np.quantile(numbers[1:], (0.025, 0.975), method="nearest"))
+                records.append(self._maker.record(table, row, metric, *(float(one) if np.isfinite(one) else None for one in bounds)))
+        return records
+
     def _personalised_is_a_copy(self) -> bool:
         """Whether stage 3 is stage 2 (no shopper is known), so that its table would say everything twice."""
         columns = self.seen.columns
@@ -199,6 +226,25 @@ class Collector:
     @property
     def _maker(self) -> PairedRecords:
         return PairedRecords(self.dataset, len(self.seen.metrics), self.command, self.commit, self.samples)
+
+
+def beam_needed(beams: np.ndarray, curves: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The narrowest beam at which each curve reaches what is wanted of it, linear between the beams measured.
+
+    Args:
+        beams: float64 [B], ascending.
+        curves: float64 [C, B].
+        wanted: float64 [C].
+
+    Returns:
+        float64 [C]; the first beam where a curve begins above, `inf` where it ends below.
+    """
+    reached = curves >= wanted[:, None]
+    at = reached.argmax(axis=1)
+    rows, before = np.arange(len(curves)), np.maximum(at - 1, 0)
+    low, high = curves[rows, before], curves[rows, at]
+    share = np.divide(wanted - low, high - low, out=np.ones(len(curves)), where=(at > 0) & (high > low))
+    return np.where(reached.any(axis=1), beams[before] + share * (beams[at] - beams[before]), np.inf)
 
 
 def merged(fresh: Sequence[Record], old: Sequence[Record], rebuilt: Iterable[tuple[str, str]]) -> list[Record]:
@@ -240,6 +286,7 @@ def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
     if cuts:
         cut_rows = [[_name(row), *_cells(found, row, cuts)] for row in rows_there if row in CUT_ROWS]
         blocks += ["Cut to the 1,000 items of highest prior:", markdown_table(["", *(f"beam {metric.removeprefix(CUT)}" for metric in cuts)], cut_rows)]
+        blocks += [_beam_line(found, base) for base in CUT_ROWS if (MAIN, f"{SAVED}{base}") in found]
     gains = _gain_rows(found, rows_there)
     if gains:
         names = list(dict.fromkeys(name for _, by_name in gains for name in by_name))
@@ -257,6 +304,17 @@ def _gain_rows(found: Mapping[tuple[str, str], Record], rows: Sequence[str]) -> 
     wanted = [(row, base) for base in rows for row in rows if (row, base) in by_pair]
     columns = [*RECALLS, *SID_METRICS, *(f"{metric}, misses gone" for metric in SID_MISSES)]
     return [(f"{_name(row)} over {_name(base)}", {name: by_pair[row, base][name] for name in columns if name in by_pair[row, base]}) for row, base in wanted]
+
+
+def _beam_line(found: Mapping[tuple[str, str], Record], base: str) -> str:
+    best, needed, saved = found[base, BEST], found[MAIN, f"{NEEDED}{base}"], found[MAIN, f"{SAVED}{base}"]
+    if saved["value"] is None:
+        return f"{_name(base)} is best at beam {best['value']:.0f}; {_name(MAIN)} is as good at no beam measured."
+    low, high = ("less than measured" if saved[bound] is None else f"{100 * saved[bound]:+.0f}" for bound in ("low", "high"))
+    return (
+        f"{_name(base)} is best at beam {best['value']:.0f} ({best['low']:.0f} to {best['high']:.0f}); {_name(MAIN)} is as good at beam {needed['value']:.0f}: "
+        f"{100 * saved['value']:+.0f} % ({low} to {high}) SIDs saved."
+    )
 
 
 def _cells(found: Mapping[tuple[str, str], Record], row: str, metrics: Sequence[str]) -> list[str]:

@@ -165,6 +165,36 @@ def test_cut_curve_is_collected_for_the_rows_of_the_paper(tables: ModuleType, tm
     assert bases == versus_rqvae | {("cqsid", "clk@1_gain_vs_rqvae_resized"), ("cqsid", "clk@1_gain_vs_rqkmeans")}
 
 
+def test_beam_needed_is_read_between_the_beams_measured(tables: ModuleType) -> None:
+    beams, curve = np.array([10.0, 20.0, 40.0]), [0.2, 0.6, 0.8]
+    wanted = [0.1, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9]
+    found = tables.beam_needed(beams, np.array([curve] * len(wanted)), np.array(wanted))
+    assert found == pytest.approx([10, 10, 15, 20, 30, 40, np.inf])
+    past_its_best = tables.beam_needed(beams, np.array([[0.2, 0.6, 0.4]]), np.array([0.4]))
+    assert past_its_best == pytest.approx([15])  # the first time, not where it falls again
+
+
+def test_beams_that_cqsid_needs_for_the_best_of_rqvae(tables: ModuleType, tmp_path: Path) -> None:
+    # RQ-VAE is best at beam 20 with a third of its targets; CQ-SID has none at 10 and all at 20, so a third at 10 + 10 / 3.
+    third, none, whole = [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]
+    columns = {
+        "rqvae": {"cut1000@beam10": none, "cut1000@beam20": third, "cut1000@beam40": none},
+        "rqvae_resized": {"cut1000@beam10": whole, "cut1000@beam20": whole, "cut1000@beam40": whole},
+        "cqsid": {"cut1000@beam10": none, "cut1000@beam20": whole, "cut1000@beam40": whole},
+    }
+    folder = write_evaluation(tmp_path / "0", {f"semantic.{row}": found for row, found in columns.items()})
+    records = collected(tables, {"marketplace 0 large": folder}, "large")
+    found = values_of(records)
+    assert {table for table, _, _ in found} == {"semantic_large"}
+    assert (found["semantic_large", "rqvae", "best_cut1000_beam"], found["semantic_large", "rqvae_resized", "best_cut1000_beam"]) == (20, 10)
+    assert found["semantic_large", "cqsid", "beam_for_best_cut1000_of_rqvae"] == pytest.approx(10 + 10 / 3)
+    assert found["semantic_large", "cqsid", "beam_saved_vs_rqvae"] == pytest.approx(1 / 3, abs=1e-6)
+    assert found["semantic_large", "cqsid", "beam_saved_vs_rqvae_resized"] == -1.0
+    text = tables.markdown(records)
+    assert "RQ-VAE is best at beam 20 (10 to 20); CQ-SID is as good at beam 13: +33 %" in text
+    assert "RQ-VAE, books resized is best at beam 10 (10 to 10); CQ-SID is as good at beam 20: -100 %" in text
+
+
 def test_channels_have_their_gains_and_their_slices_averaged_over_seeds(tables: ModuleType, tmp_path: Path) -> None:
     folders = {}
     for seed, head in ((0, 0.25), (1, 0.75)):
@@ -204,10 +234,10 @@ def test_missing_row_names_the_cell_to_rerun(tables: ModuleType, tmp_path: Path)
 def test_collecting_rewrites_only_the_tables_that_were_rebuilt(quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home, output = tmp_path / "home", tmp_path / "results"
     with pytest.raises(SystemExit, match="nothing to collect under"):
-        quality.collect(["marketplace"], [0], home, output)
+        quality.collect(["marketplace"], [0], tuple(quality.VARIANTS), home, output)
     for dataset in ("marketplace", "amazon_scientific"):
         sid_evaluation(quality.Cell(dataset, 0, "sids").artifact(home, "evaluation"), rqvae=[1, 0, 1, 0], cqsid=[1, 1, 1, 0])
-    quality.collect(["marketplace", "amazon_scientific"], [0], home, output)
+    quality.collect(["marketplace", "amazon_scientific"], [0], tuple(quality.VARIANTS), home, output)
     records = json.loads((output / "quality.json").read_text())
     assert "left out: marketplace channels, not finished: marketplace 0 channels" in capsys.readouterr().err
     commands = {record["command"] for record in records if record["dataset"] == "amazon_scientific"}
@@ -218,8 +248,11 @@ def test_collecting_rewrites_only_the_tables_that_were_rebuilt(quality: ModuleTy
 
     kept = [record | {"commit": "0ld"} if record["dataset"] == "amazon_scientific" else record for record in records]
     (output / "quality.json").write_text(json.dumps([*kept, records[0] | {"dataset": "marketplace", "metric": "no longer measured"}]))
-    quality.collect(["marketplace"], [0], home, output)
+    quality.collect(["marketplace"], [0], tuple(quality.VARIANTS), home, output)
     assert json.loads((output / "quality.json").read_text()) == kept
+    quality.collect(["marketplace"], [0], ["sids"], home, output)
+    commands = {record["command"] for record in json.loads((output / "quality.json").read_text()) if record["dataset"] == "marketplace"}
+    assert commands == {"python benchmarks/quality.py --datasets marketplace --experiments sids --seeds 0"}
 
 
 def test_every_cell_is_a_valid_recipe_whose_seeds_share_data_and_requests(quality: ModuleType) -> None:
@@ -227,7 +260,7 @@ def test_every_cell_is_a_valid_recipe_whose_seeds_share_data_and_requests(qualit
         recipe, changed = RECIPES[cell.dataset](), apply_overrides(RECIPES[cell.dataset](), cell.overrides())
         assert {part.seed for part in (changed.encoder, changed.quantizer, changed.sid, changed.generator)} == {cell.seed}
         assert (changed.evaluation.seed, changed.ranker) == (recipe.evaluation.seed, recipe.ranker)
-        assert (changed.data == recipe.data) == ((cell.dataset, cell.experiment) != ("marketplace", "sids"))
+        assert (changed.data == recipe.data) == (cell.dataset != "marketplace" or cell.experiment == "channels")
         assert (changed.evaluation.max_requests, changed.align, changed.variants[0]) == (1500, None, "cqsid")
         asked = (changed.encoder.steps, changed.generator.guided, changed.generator.soft_prompt)
         recommended = (recipe.encoder.steps, recipe.generator.guided, recipe.generator.soft_prompt)
@@ -237,7 +270,8 @@ def test_every_cell_is_a_valid_recipe_whose_seeds_share_data_and_requests(qualit
 def test_sids_are_compared_only_where_there_are_categories(quality: ModuleType) -> None:
     cells = {str(cell) for cell in quality.grid(quality.DATASETS, [0])}
     channels = {"marketplace 0 channels", "amazon_scientific 0 channels", "home_depot 0 channels"}
-    assert cells == channels | {"marketplace 0 sids", "amazon_scientific 0 sids"}
+    assert cells == channels | {"marketplace 0 sids", "amazon_scientific 0 sids", "marketplace 0 large"}
+    assert [str(cell) for cell in quality.grid(quality.DATASETS, [0, 1], ["large"])] == ["marketplace 0 large", "marketplace 1 large"]
 
 
 class PretendPipeline:
@@ -416,10 +450,15 @@ def test_cells_take_over_the_data_alone_and_keep_their_own(quality: ModuleType, 
     assert len(found(channels)) == 4
 
 
-def test_sids_compared_on_other_data_than_the_channels_share_that(quality: ModuleType) -> None:
-    assert any(change.startswith("data.") for change in quality.SIDS_TASKS["marketplace"])
-    assert quality.Cell("marketplace", 2, "sids").reuses() == [(quality.Cell("marketplace", 0, "sids"), "dataset")]
-    assert quality.Cell("marketplace", 0, "sids").reuses() == []
+@pytest.mark.parametrize("experiment", ["sids", "large"])
+def test_sids_compared_on_other_data_than_the_channels_share_that(quality: ModuleType, experiment: str) -> None:
+    assert any(change.startswith("data.") for change in quality.TASKS[experiment]["marketplace"])
+    assert quality.Cell("marketplace", 2, experiment).reuses() == [(quality.Cell("marketplace", 0, experiment), "dataset")]
+    assert quality.Cell("marketplace", 0, experiment).reuses() == []
+
+
+def test_sids_compared_on_the_channels_data_take_that_over(quality: ModuleType) -> None:
+    assert quality.Cell("amazon_scientific", 0, "sids").reuses() == [(quality.Cell("amazon_scientific", 0, "channels"), "dataset")]
     assert quality.Cell("marketplace", 2, "channels").reuses() == [(quality.Cell("marketplace", 0, "channels"), "dataset")]
 
 
@@ -448,7 +487,7 @@ def test_grid_starts_a_cell_after_those_it_takes_over_from(quality: ModuleType, 
 
 def test_grid_stops_after_a_failure_and_goes_on_where_it_stopped(quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = quality.grid(["marketplace"], [0, 1])
-    with pytest.raises(SystemExit, match=r"failed: marketplace 0 sids; 2 cells not started. Read .*/quality/marketplace/seed0/sids.log, then run the same"):
+    with pytest.raises(SystemExit, match=r"failed: marketplace 0 sids; 4 cells not started. Read .*/quality/marketplace/seed0/sids.log, then run the same"):
         quality.run_grid(cells, tmp_path, jobs=1, command=pretend(quality, tmp_path, failing=["marketplace 0 sids"]), poll_s=0.005)
     assert (tmp_path / "quality/marketplace/seed0/sids.log").read_text() == "trouble with marketplace 0 sids\n"
     assert "failed with status 3  marketplace 0 sids" in capsys.readouterr().out
@@ -472,4 +511,4 @@ def test_interrupted_grid_ends_the_cells_that_it_started(quality: ModuleType, tm
 def test_unknown_cell_is_refused(quality: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--cell", "marketplace", "first", "sids"])
-    assert "--cell: expected a data set, a seed and one of channels, sids, got marketplace first sids" in capsys.readouterr().err
+    assert "--cell: expected a data set, a seed and one of channels, sids, large, got marketplace first sids" in capsys.readouterr().err
