@@ -40,7 +40,7 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 5
+ALGORITHM_VERSION = 6
 HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
@@ -164,7 +164,6 @@ def evaluate(
     maker = RecordMaker(str(stats["source"]), config.bootstrap_samples, config.seed)
     lists: dict[tuple[str, str], np.ndarray] = {}
     ranked: dict[tuple[str, str], np.ndarray] = {}
-    guided: dict[str, bool] = {}
     seconds: dict[str, float] = {}
     searches: dict[str, float] = {}
     on_validation: dict[str, np.ndarray] = {}
@@ -172,9 +171,7 @@ def evaluate(
         for table, row, retriever, personalised in _runs(config, variant, sid_indexes, generators, encoders.get(variant, encoder), aligned):
             found, elapsed = _search(retriever, data.requests, max(config.beams), personalised=personalised)
             lists[table, row] = found.sid_rows
-            guided[row] = retriever.model.guidance is not None
-            if guided[row] or variant == config.main:
-                ranked[table, row] = item_lists(retriever, found, max(config.depth, *config.item_budgets))
+            ranked[table, row] = item_lists(retriever, found, max(config.depth, *config.item_budgets))
             if variant == config.main:
                 stage_name = STAGE_OF[table, row == variant]
                 searches[stage_name] = elapsed
@@ -193,8 +190,7 @@ def evaluate(
         for (table, row), sid_rows in lists.items():
             index = indexes.get(row, main_index)
             shape = {"beams": config.beams, "budgets": config.item_budgets, "cut_items": config.cut_items, "cut_beams": config.cut_beams}
-            by_item = ranked.get((table, row)) if guided[row] else None
-            results.add(table, row, sid_columns(sid_rows, index, targets, by_item, **shape))  # type: ignore[arg-type]
+            results.add(table, row, sid_columns(sid_rows, index, targets, ranked[table, row], **shape))  # type: ignore[arg-type]
         channels = channel_columns(rankings, targets, num_items=len(data.catalog), cuts=config.cuts, existing=EXISTING, ours="generative")
         for channel, columns in channels.items():
             results.add("channels", channel, columns)

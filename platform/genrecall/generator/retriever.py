@@ -1,8 +1,8 @@
 """Requests to items: prompts, constrained beam search, expansion of the SIDs through the index. The same code evaluates and serves.
 
-An item's score is the log-probability of its SID; inside a SID the index's order holds. With guidance (`guidance.py`) it is the item's own
-log-probability: that of the SID plus that of the item among the SID's, by the encoder, so that a large cluster's best item may
-come before a small one's. Nothing here trains.
+An item's score is its own log-probability: that of its SID plus that of the item among the SID's, so that a large cluster's best item may come before a
+small one's. The second is what the encoder and the query's words say where the decoder is guided (`guidance.py`), else what shoppers did with the items in
+training (`sid/index.py`); among equals the index's order holds. Nothing here trains.
 
 A filter masks the search and then the items, and changes no score: where the beam covers every prefix the answer is the unfiltered one less what fails.
 
@@ -54,7 +54,7 @@ class RecallResult:
     Attributes:
         item_rows: int32 [m].
         sid_rows: int32 [m], the SID that each item came from.
-        scores: float32 [m], natural-log probabilities, never increasing: of the item, or without guidance of its SID.
+        scores: float32 [m], natural-log probabilities of the items, never increasing.
     """
 
     item_rows: np.ndarray
@@ -237,31 +237,18 @@ class Retriever:
     def expand(self, sid_rows: np.ndarray, scores: np.ndarray, prompt: tuple[Tensor, Tensor] | None, limit: int, only: Filter | None = None) -> RecallResult:
         """At most `limit` items of SIDs int32 [n] (best first, -1 skipped) with scores float32 [n]; `prompt` as `GeneratedSids` has it; `only` those that pass."""
         allowed = self._cache().get(only).items if only else None
-        if self.model.guidance is None or prompt is None:
-            places, rank = self.index.places(sid_rows, limit if allowed is None else _ALL)
-            if allowed is not None:
-                passing = np.flatnonzero(allowed.passes(places))[: max(limit, 0)]
-                places, rank = places[passing], rank[passing]
-            return RecallResult(self.index.rows_at(places), sid_rows[rank], scores[rank])
         places, rank = self.index.places(sid_rows, _ALL)
-        item_scores = scores[rank] + self._log_share(len(sid_rows), rank, places, prompt)
+        item_scores = scores[rank] + _log_share(len(sid_rows), rank, self._item_logits(places, prompt))
         best = np.argsort(-item_scores, kind="stable")
         if allowed is not None:
             best = best[allowed.passes(places[best])]
-        best = best[:limit]
+        best = best[: max(limit, 0)]
         return RecallResult(self.index.rows_at(places[best]), sid_rows[rank[best]], item_scores[best].astype(np.float32))
 
-    def _log_share(self, count: int, rank: np.ndarray, places: np.ndarray, prompt: tuple[Tensor, Tensor]) -> np.ndarray:
-        """log p(item | its SID, query) float32 [m], of all items of `count` SIDs in order, by their places [m]; `rank` [m] is each item's SID among them."""
-        logits = self._item_logits(places, prompt)
-        best = np.full(count, -np.inf, dtype=np.float32)
-        np.maximum.at(best, rank, logits)
-        total = np.bincount(rank, weights=np.exp(logits - best[rank]), minlength=count)
-        return np.asarray(logits - best[rank] - np.log(total[rank]), dtype=np.float32)
-
-    def _item_logits(self, places: np.ndarray, prompt: tuple[Tensor, Tensor]) -> np.ndarray:
-        """The guide's logits float32 [m] of items: by the trie's vectors where they are published, by their own where they came later."""
-        assert self.model.guidance is not None
+    def _item_logits(self, places: np.ndarray, prompt: tuple[Tensor, Tensor] | None) -> np.ndarray:
+        """The logits float32 [m] of items inside their SIDs. The guide's are by the trie's vectors where items are published, by their own where they came later."""
+        if self.model.guidance is None or prompt is None:
+            return self.index.item_logits_at(places)
         device = self.trie.device
         vector, token_ids = (part.to(device) for part in prompt)
         later = places >= self.index.num_published
@@ -306,6 +293,14 @@ class Retriever:
     def _known(self, history: np.ndarray) -> np.ndarray:
         rows = np.asarray(history, dtype=np.int64)
         return rows[(rows >= 0) & (rows < self.index.num_items)]
+
+
+def _log_share(count: int, rank: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """log p(item | its SID) float32 [m]: the log-softmax of `logits` [m] inside each of `count` SIDs; `rank` [m] is each item's SID among them."""
+    best = np.full(count, -np.inf, dtype=np.float32)
+    np.maximum.at(best, rank, logits)
+    total = np.bincount(rank, weights=np.exp(logits - best[rank]), minlength=count)
+    return np.asarray(logits - best[rank] - np.log(total[rank]), dtype=np.float32)
 
 
 def _check_guided_index(index: ServedIndex, trie: Trie, *, words: bool) -> None:

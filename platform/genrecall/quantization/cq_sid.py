@@ -39,7 +39,7 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 _RESTART_EVERY = 10
 _RESTART_UNTIL = 0.8  # of the steps; after that the codes settle
 _REFIT_AT = 0.5  # of the steps

@@ -2,13 +2,15 @@
 
 Source: CQ-SID (arXiv:2605.14434): an item with a known category takes that category's code at level 1. The paper has 1,711
 categories in a book of 2,048; here the depth at which a category path is cut follows from the catalogue: an item's category is
-its deepest ancestor with at least `min_items` items, and the smallest categories are rolled up into their parents until they
-fill at most a share of the book. The other codes are spare: they serve items without a category.
+its deepest ancestor with at least `min_items` items, and the smallest subtrees of the category tree are rolled up, each whole, until
+the categories fill at most a share of the book. The other codes are spare: they serve items without a category.
+
+Whole subtrees, because rolling up the smallest categories one at a time takes each small leaf to its parent, which is then itself small, and so
+on to the root: a third of a catalogue ends in codes that stand for whole departments.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,8 +54,8 @@ def choose_categories(category_paths: Sequence[Sequence[str]], *, min_items: int
     Args:
         category_paths: one path per item, root first; empty when unknown.
         min_items: a category needs this many items, those of its descendants included.
-        max_categories: at most this many; the smallest are rolled up into their parents until they fit. When even the
-            roots are too many, the smallest roots stay without a code and their items take the nearest one.
+        max_categories: at most this many; where there are more, the subtree with the fewest items becomes one category, and so on until they fit.
+            When even the roots are too many, the smallest roots stay without a code and their items take the nearest one.
     """
     of_path = Counter(tuple(path) for path in category_paths)
     below: Counter[Path] = Counter()
@@ -67,16 +69,12 @@ def choose_categories(category_paths: Sequence[Sequence[str]], *, min_items: int
                 members[path[:depth]] += count
                 break
 
-    # Smallest first; roots only once nothing else is left, because rolling a root up takes its items' category away.
-    queue = [(len(path) == 1, count, path) for path, count in members.items()]
-    heapq.heapify(queue)
-    while len(members) > max(max_categories, 0):
-        is_root, count, path = heapq.heappop(queue)
-        if members.get(path) != count:
-            continue  # an older entry of a category that has grown since
-        del members[path]
-        if not is_root:
-            parent = path[:-1]
-            members[parent] += count
-            heapq.heappush(queue, (len(parent) == 1, members[parent], parent))
-    return Level1Categories(tuple(sorted(members)))
+    smallest_subtree_first = sorted((path for path, count in below.items() if count >= min_items), key=lambda path: (below[path], -len(path), path))
+    for root in smallest_subtree_first:  # so that none comes before a subtree of its own
+        if len(members) <= max_categories:
+            break
+        held = [path for path in members if path[: len(root)] == root]
+        if len(held) > 1:
+            members[root] = sum(members.pop(path) for path in held)
+    largest_first = sorted(members, key=lambda path: (-members[path], path))
+    return Level1Categories(tuple(sorted(largest_first[: max(max_categories, 0)])))

@@ -35,7 +35,7 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 _ITEMS_AT_ONCE = 1 << 20
 
 
@@ -135,7 +135,8 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, encoder: Artif
     known = known_at_split(catalog, requests)
     published = publish_sids(config, load_quantizer(quantizer.path), codes, residuals, known)
     table = published.table
-    prior = catalog.prior_scores if np.any(catalog.prior_scores) else popularity(requests, len(catalog))
+    feedback = popularity(requests, len(catalog))
+    prior = catalog.prior_scores if np.any(catalog.prior_scores) else feedback
     stats = index_stats(config, published, codes, known)
     if stats["oversize_sids"]:
         logger.warning("sid index: %d SIDs hold more than twice max_items_per_sid=%d; raise level_sizes", stats["oversize_sids"], config.max_items_per_sid)
@@ -145,7 +146,7 @@ def build_sid_index(config: SidIndexConfig, *, dataset: Artifact, encoder: Artif
         builder = SidIndexBuilder(table.space.alphabet_sizes, work_folder=draft.path)
         for start in range(0, len(catalog), _ITEMS_AT_ONCE):
             part = slice(start, start + _ITEMS_AT_ONCE)
-            builder.add(catalog.item_ids[part], table.tokens[table.item_sid[part]], prior[part])
+            builder.add(catalog.item_ids[part], table.tokens[table.item_sid[part]], prior[part], feedback[part])
         builder.finish(draft.path, item_vectors=vectors)
         FilterPostings.build(catalog.category_paths, catalog.brands, load_index(draft.path)).save(draft.path / "filters")
         np.save(draft.path / "centers.npy", published.centers, allow_pickle=False)

@@ -3,6 +3,9 @@
 Inside a cluster items are ordered by prior score (what the site orders by when it must cut), then by item row. A *place* is a position
 among the postings, the clusters one after the other; the trie of a guided decoder holds the items' vectors in the order of places.
 
+What shoppers did with an item in training is kept as a logit, log(feedback + 0.5): a SID's probability is shared out among its items by the softmax of
+theirs, so that answers can be ordered item by item. An item without feedback, as every later one, has log 0.5.
+
 Shapes: S SIDs, N items, P postings (N unless items are delisted).
 """
 
@@ -18,8 +21,13 @@ from numpy.typing import NDArray
 from genrecall.sid.semantic_id import SidSpace, SidTable
 from genrecall.sid.trie import Trie
 
-_FILES = ("offsets", "item_rows", "item_sid", "prior")
+_FILES = ("offsets", "item_rows", "item_sid", "prior", "item_logits")
 _SIDS_AT_ONCE = 1 << 16
+_FEEDBACK_PRIOR = 0.5
+"""Added to every item's feedback, which leaves unseen items half the chance of those clicked once."""
+
+NO_FEEDBACK = np.float16(np.log(_FEEDBACK_PRIOR))
+"""The logit of an item without feedback."""
 
 
 class SidIndexError(ValueError):
@@ -35,12 +43,14 @@ class SidIndex:
         item_rows: int32 [P], grouped by SID; inside a SID by prior score descending, then item row.
         item_sid: int32 [N], the SID row of each item row (the way back); delisted items keep theirs, for shoppers' histories.
         prior: float32 [N], the prior score of each item row; equal values inside a cluster are ties.
+        item_logits: float16 [P], by place; their softmax inside a SID is p(item | SID).
     """
 
     offsets: NDArray[np.int64]
     item_rows: NDArray[np.int32]
     item_sid: NDArray[np.int32]
     prior: NDArray[np.float32]
+    item_logits: NDArray[np.float16]
 
     def __len__(self) -> int:
         """S, the number of SIDs."""
@@ -58,15 +68,22 @@ class SidIndex:
 
     @classmethod
     def build(
-        cls, item_sid: NDArray[np.int32], num_sids: int, prior: NDArray[np.float64] | NDArray[np.float32], listed: NDArray[np.bool_] | None = None
+        cls,
+        item_sid: NDArray[np.int32],
+        num_sids: int,
+        prior: NDArray[np.float64] | NDArray[np.float32],
+        listed: NDArray[np.bool_] | None = None,
+        *,
+        feedback: NDArray[np.floating] | None = None,
     ) -> SidIndex:
         """Build from the SID row of every item [N] and prior scores [N] (nan counts as 0).
 
         Args:
             listed: bool [N], False for items that no SID shall expand to; all are listed by default.
+            feedback: float [N], how often each item was clicked and bought in training; none by default.
 
         Raises:
-            SidIndexError: lengths differ, or a SID row outside 0 to num_sids - 1.
+            SidIndexError: lengths differ, a SID row outside 0 to num_sids - 1, or feedback that is negative or no number.
         """
         scores = checked_scores(item_sid, num_sids, prior)
         order = served_order(item_sid, scores)
@@ -74,7 +91,7 @@ class SidIndex:
             order = order[listed[order]]
         offsets = np.zeros(num_sids + 1, dtype=np.int64)
         np.cumsum(np.bincount(item_sid if listed is None else item_sid[listed], minlength=num_sids), out=offsets[1:])
-        return cls(offsets, order.astype(np.int32), np.asarray(item_sid, dtype=np.int32), scores)
+        return cls(offsets, order.astype(np.int32), np.asarray(item_sid, dtype=np.int32), scores, _logits(feedback, len(item_sid), order))
 
     def items(self, sid_row: int) -> NDArray[np.int32]:
         """Item rows of one SID, in served order."""
@@ -110,12 +127,16 @@ class SidIndex:
         """The item rows int32 [m] at places [m]."""
         return np.asarray(self.item_rows[places], dtype=np.int32)
 
+    def item_logits_at(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The logits float32 [m] of the items at places [m]."""
+        return np.asarray(self.item_logits[places], dtype=np.float32)
+
     def sids_of(self, item_rows: NDArray[np.integer]) -> NDArray[np.int32]:
         """The SID rows int32 [m] of item rows [m], each 0 to N - 1."""
         return np.asarray(self.item_sid[item_rows], dtype=np.int32)
 
     def save(self, folder: Path) -> None:
-        """Write `offsets.npy`, `item_rows.npy`, `item_sid.npy` and `prior.npy` into `folder`."""
+        """Write an `.npy` file of each array into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
             np.save(folder / f"{name}.npy", np.asarray(getattr(self, name)), allow_pickle=False)
@@ -125,11 +146,14 @@ class SidIndex:
         """Read an index written by `save`; with `mmap` pages are read when first touched.
 
         Raises:
-            SidIndexError: files whose lengths do not belong together.
+            SidIndexError: a file that is missing, or files whose lengths do not belong together.
         """
+        if missing := [f"{name}.npy" for name in _FILES if not (folder / f"{name}.npy").exists()]:
+            raise SidIndexError(f"{folder}: lacks {', '.join(missing)}; rerun jobs/build_sid_index.py")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if mmap else None, allow_pickle=False) for name in _FILES}
         items, postings = len(arrays["item_sid"]), len(arrays["item_rows"])
-        if len(arrays["prior"]) != items or int(arrays["offsets"][-1]) != postings or postings > items:
+        whole = len(arrays["prior"]) == items and int(arrays["offsets"][-1]) == postings == len(arrays["item_logits"])
+        if not whole or postings > items:
             raise SidIndexError(f"{folder}: the index's files do not belong together; rerun jobs/build_sid_index.py with --force")
         return cls(**arrays)
 
@@ -145,6 +169,16 @@ def checked_scores(item_sid: NDArray[np.int32], num_sids: int, prior: NDArray[np
     if len(item_sid) and (item_sid.min() < 0 or item_sid.max() >= num_sids):
         raise SidIndexError(f"item_sid: expected SID rows 0 to {num_sids - 1}, got {int(item_sid.min())} to {int(item_sid.max())}")
     return np.nan_to_num(np.asarray(prior, dtype=np.float32))
+
+
+def _logits(feedback: NDArray[np.floating] | None, items: int, order: NDArray[np.integer]) -> NDArray[np.float16]:
+    if feedback is None:
+        return np.full(len(order), NO_FEEDBACK)
+    if len(feedback) != items:
+        raise SidIndexError(f"feedback: expected one number per item ({items}), got {len(feedback)}")
+    if not (np.asarray(feedback) >= 0).all():
+        raise SidIndexError("feedback: expected numbers of at least 0, got a negative one or nan")
+    return np.asarray(np.log(np.asarray(feedback)[order] + _FEEDBACK_PRIOR), dtype=np.float16)
 
 
 def served_order(clusters: NDArray[np.integer], scores: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """Building trie, SID -> items index and item ids from items that come in batches, in bounded memory.
 
-An item costs twelve bytes until `finish`, and about sixty while it runs; its id goes to disk as it comes. SID numbers, trie and index are made
+An item costs sixteen bytes until `finish`, and about sixty while it runs; its id goes to disk as it comes. SID numbers, trie and index are made
 by `numbered_sids`, `Trie.from_tokens` and `SidIndex.build`, which is the only way to make them.
 
 Shapes: N items, S SIDs, d dimensions of the items' vectors.
@@ -40,20 +40,24 @@ class SidIndexBuilder:
         self._last_id: NDArray[np.bytes_] | None = None
         self._keys: list[NDArray[np.int64]] = []
         self._prior: list[NDArray[np.float32]] = []
+        self._feedback: list[NDArray[np.float32]] = []
         self._count = 0
 
-    def add(self, item_ids: IdArray, tokens: NDArray[np.integer], prior: NDArray[np.floating]) -> None:
+    def add(self, item_ids: IdArray, tokens: NDArray[np.integer], prior: NDArray[np.floating], feedback: NDArray[np.floating] | None = None) -> None:
         """Take the next n items.
 
         Args:
             item_ids: [n] as an Arrow string array or numpy fixed-width bytes, ascending, over all batches too.
-            tokens: integer [n, 3], the SID of each. prior: float [n]; nan counts as 0.
+            tokens: integer [n, 3], the SID of each. prior: float [n]; nan counts as 0. feedback: float [n], see `SidIndex.build`; none by default.
 
         Raises:
             ItemIdsError: ids out of order or too long. SidError: a token out of its alphabet. SidIndexError: lengths that differ.
         """
-        if not len(item_ids) == len(tokens) == len(prior):
-            raise SidIndexError(f"expected ids, tokens and prior scores of as many items, got {len(item_ids)}, {len(tokens)} and {len(prior)}")
+        feedback = np.zeros(len(item_ids), np.float32) if feedback is None else feedback
+        if not len(item_ids) == len(tokens) == len(prior) == len(feedback):
+            raise SidIndexError(
+                f"expected ids, tokens, prior scores and feedback of as many items, got {len(item_ids)}, {len(tokens)}, {len(prior)} and {len(feedback)}"
+            )
         if not len(item_ids):
             return
         keys = packed(np.asarray(tokens), self._alphabet_sizes)
@@ -66,6 +70,7 @@ class SidIndexBuilder:
         self._last_id = ids[-1:].copy()
         self._keys.append(keys)
         self._prior.append(np.array(prior, dtype=np.float32))
+        self._feedback.append(np.array(feedback, dtype=np.float32))
         self._count += len(ids)
 
     def finish(self, folder: Path, *, item_vectors: NDArray[np.floating] | None = None) -> tuple[Trie, SidIndex]:
@@ -86,7 +91,7 @@ class SidIndexBuilder:
             raise SidIndexError(f"item_vectors: expected one for each of the {self._count} items, got {len(item_vectors)}")
         tokens, item_sid = numbered_sids(_joined(self._keys), self._alphabet_sizes)
         trie = Trie.from_tokens(tokens, self._alphabet_sizes)
-        index = SidIndex.build(item_sid, len(tokens), _joined(self._prior))
+        index = SidIndex.build(item_sid, len(tokens), _joined(self._prior), feedback=_joined(self._feedback))
         trie.save(folder / "trie")
         index.save(folder / "index")
         self._write_ids(folder / IDS_FILE)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from genrecall.sid.index import SidIndex, SidIndexError, checked_scores, served_order, slices
+from genrecall.sid.index import NO_FEEDBACK, SidIndex, SidIndexError, checked_scores, served_order, slices
 from genrecall.sid.trie import Trie
 
 _ALL = np.iinfo(np.int64).max
@@ -203,6 +203,16 @@ class SegmentedIndex:
         rows[later] = places[later] + (self.base.num_items - self.num_published)
         return rows
 
+    def item_logits_at(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `SidIndex.item_logits_at`; nobody has been seen to click a later item."""
+        if not len(self.later.item_sid):
+            return self.base.item_logits_at(places)
+        return _picked(places, self.base.item_logits, self._later_logits).astype(np.float32)
+
+    @property
+    def _later_logits(self) -> NDArray[np.float16]:
+        return np.full(len(self.later.item_sid), NO_FEEDBACK)
+
     def sids_of(self, item_rows: NDArray[np.integer]) -> NDArray[np.int32]:
         """The SID rows int32 [n] of item rows [n], each 0 to N + m - 1."""
         return _picked(np.asarray(item_rows), self.base.item_sid, self.later.item_sid)
@@ -215,7 +225,8 @@ class SegmentedIndex:
         every = np.arange(len(self), dtype=np.int32)
         offsets = np.zeros(len(self) + 1, dtype=np.int64)
         np.cumsum(self.sizes(), out=offsets[1:])
-        return SidIndex(offsets, self.expand(every, _ALL)[0], self.item_sid, self.prior)
+        places, _ = self.places(every, _ALL)
+        return SidIndex(offsets, self.rows_at(places), self.item_sid, self.prior, _picked(places, self.base.item_logits, self._later_logits))
 
     def compacted_trie(self, trie: Trie) -> Trie:
         """The base's trie with the vectors of the items of `compacted`.

@@ -12,6 +12,7 @@ import torch
 from genrecall.encoders.embed import item_text
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.retriever import MAX_BATCH, Retriever, RetrieverError, load_retriever
+from genrecall.sid.index import SidIndex
 from genrecall.sid.semantic_id import SidSpace, SidTable
 from genrecall.sid.trie import Trie
 
@@ -218,13 +219,21 @@ def test_a_guided_answer_is_cut_after_ordering(name, request):
     assert len(nothing.item_rows) == len(nothing.scores) == 0
 
 
-def test_without_guidance_a_prompt_changes_nothing(retriever):
-    sids, scores = np.array([3, 1], np.int32), np.array([-1.0, -2.0], np.float32)
+def test_without_guidance_a_sids_items_share_it_by_their_feedback(retriever):
+    # SID 3 (p = 0.5) has items 7 and 6, SID 1 (p = 0.4) items 3 and 2, the higher row first by prior. Without feedback each has half of its SID, whatever the prompt.
+    sids, scores = np.array([3, 1], np.int32), np.log(np.array([0.5, 0.4], np.float32))
     for prompt in (None, (torch.ones(16), torch.tensor([5]))):
         answer = retriever.expand(sids, scores, prompt, 3)
         assert answer.item_rows.tolist() == [7, 6, 3]
         assert answer.sid_rows.tolist() == [3, 3, 1]
-        assert answer.scores.tolist() == [-1.0, -1.0, -2.0]
+        assert np.exp(answer.scores).tolist() == pytest.approx([0.25, 0.25, 0.2])
+    # One click of item 2 gives it 1.5 / 2 of SID 1: 0.3, before the items of SID 3, and leaves 0.1 for item 3.
+    feedback = np.zeros(50)
+    feedback[2] = 1.0
+    clicked = SidIndex.build(retriever.table.item_sid, len(retriever.table), retriever.index.prior, feedback=feedback)
+    answer = retriever.with_index(clicked).expand(sids, scores, None, 10)
+    assert answer.item_rows.tolist() == [2, 7, 6, 3]
+    assert np.exp(answer.scores).tolist() == pytest.approx([0.3, 0.25, 0.25, 0.1], rel=1e-3)
 
 
 def test_wrong_arguments_are_refused(retriever):

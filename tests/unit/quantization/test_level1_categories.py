@@ -15,12 +15,25 @@ def test_an_items_category_is_its_deepest_ancestor_with_enough_items():
     assert chosen.codes_of([("a", "x"), ("a", "y"), ("b", "z", "q"), ("c",), ()]).tolist() == [1, 0, 2, -1, -1]
 
 
-def test_the_smallest_are_rolled_up_until_they_fit():
-    # Of ("a",) 2, ("a","x") 5, ("b","z","q") 3 items the smallest that is no root goes first: ("b","z","q") becomes ("b","z"),
-    # then ("b",); still three, so ("a","x") joins ("a",).
+def test_the_smallest_subtree_is_rolled_up_until_they_fit():
+    # Of ("a",) 2, ("a","x") 5, ("b","z","q") 3 items two may stay. The subtrees of b hold one category each, so nothing is won there; that of ("a",) holds two.
     chosen = choose_categories(PATHS, min_items=3, max_categories=2)
-    assert chosen.paths == (("a",), ("b",))
-    assert chosen.codes_of([("a", "x"), ("a", "new", "leaf"), ("b", "z", "q")]).tolist() == [0, 0, 1]
+    assert chosen.paths == (("a",), ("b", "z", "q"))
+    assert chosen.codes_of([("a", "x"), ("a", "new", "leaf"), ("b", "z", "q"), ("b",)]).tolist() == [0, 0, 1, -1]
+
+
+def test_small_leaves_do_not_end_in_the_root():
+    # Two aisles of 4 and 6 small leaves and one of 2 large ones: the aisle with the fewest items goes, then the next; the large leaves stay, and no code is the whole shop's.
+    paths = (
+        [("shop", "tea", leaf) for leaf in "abcd"] * 2 + [("shop", "tools", leaf) for leaf in "abcdef"] * 2 + [("shop", "lamps", leaf) for leaf in "ab"] * 20
+    )
+    assert choose_categories(paths, min_items=1, max_categories=9).paths == (
+        ("shop", "lamps", "a"),
+        ("shop", "lamps", "b"),
+        ("shop", "tea"),
+        *(("shop", "tools", leaf) for leaf in "abcdef"),
+    )
+    assert choose_categories(paths, min_items=1, max_categories=4).paths == (("shop", "lamps", "a"), ("shop", "lamps", "b"), ("shop", "tea"), ("shop", "tools"))
 
 
 def test_with_too_many_roots_the_smallest_stay_without_a_code():

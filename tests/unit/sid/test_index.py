@@ -39,6 +39,34 @@ def test_items_lie_by_prior_score_then_row():
     assert index.prior.tolist() == [0.5, 0.0, 2.0, 0.5]
 
 
+def test_item_logits_lie_by_place_and_start_at_half_a_click():
+    # SID 1 lists items 2, 0, 3 by prior; feedback 3, 0, 1 and a half each give log 3.5, log 0.5, log 1.5.
+    index = SidIndex.build(np.array([1, 0, 1, 1]), 2, np.array([0.5, 0.0, 2.0, 0.5]), feedback=np.array([0.0, 7.0, 3.0, 1.0]))
+    places, _ = index.places(np.array([1, 0], dtype=np.int32), 10)
+    assert index.rows_at(places).tolist() == [2, 0, 3, 1]
+    assert np.exp(index.item_logits_at(places)).tolist() == pytest.approx([3.5, 0.5, 1.5, 7.5], rel=2e-3)
+    assert index.item_logits_at(places).dtype == np.float32
+    without = SidIndex.build(np.array([1, 0, 1, 1]), 2, np.zeros(4))
+    assert np.exp(without.item_logits_at(np.arange(4))).tolist() == pytest.approx([0.5] * 4, rel=2e-3)
+
+
+def test_feedback_that_cannot_be_is_refused():
+    for feedback, message in (
+        (np.zeros(2), r"expected one number per item \(3\), got 2"),
+        (np.array([1.0, -1.0, 0.0]), "negative"),
+        (np.full(3, np.nan), "nan"),
+    ):
+        with pytest.raises(SidIndexError, match=message):
+            SidIndex.build(np.array([0, 0, 0]), 1, np.zeros(3), feedback=feedback)
+
+
+def test_an_index_without_item_logits_says_which_job_to_rerun(tmp_path):
+    SidIndex.build(np.array([0, 0]), 1, np.zeros(2)).save(tmp_path)
+    (tmp_path / "item_logits.npy").unlink()
+    with pytest.raises(SidIndexError, match=r"lacks item_logits\.npy; rerun jobs/build_sid_index\.py"):
+        SidIndex.load(tmp_path)
+
+
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=50))
 def test_every_item_is_in_exactly_one_cluster(item_sid):

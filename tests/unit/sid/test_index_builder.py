@@ -86,7 +86,7 @@ def test_a_catalogue_out_of_order_or_of_unequal_lengths_is_refused(tmp_path):
         add(builder, ["c", "d" * 65])
     with pytest.raises(SidError, match="row 1, level 2: expected 0 to 1, got 2"):
         add(builder, ["c", "d"], tokens=np.array([[0, 0, 0], [0, 2, 0]]))
-    with pytest.raises(SidIndexError, match="as many items, got 1, 1 and 2"):
+    with pytest.raises(SidIndexError, match="as many items, got 1, 1, 2 and 1"):
         add(builder, ["c"], prior=np.zeros(2))
     with pytest.raises(SidIndexError, match="item_vectors: expected one for each of the 2 items, got 3"):
         builder.finish(tmp_path, item_vectors=np.zeros((3, 1)))

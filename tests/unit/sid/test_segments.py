@@ -35,7 +35,8 @@ def plain_expand(items, gone, sid_rows, limit):
 @given(ADD, CHANGES, st.permutations(range(-1, SIDS)), st.integers(0, 6), st.integers(-1, 40))
 def test_any_sequence_of_changes_answers_as_a_rebuilt_index(base_items, changes, order, take, limit):
     items, gone = list(base_items), set()
-    index = SegmentedIndex(SidIndex.build(*arrays(items)[:1], SIDS, arrays(items)[1]))
+    seen = np.arange(len(items)) % 3.0  # clicks of the base's items; those that come later have none
+    index = SegmentedIndex(SidIndex.build(*arrays(items)[:1], SIDS, arrays(items)[1], feedback=seen))
     for kind, what in changes:
         before, old = index, (index.expand(np.arange(SIDS), 1000), index.num_items)
         if kind == "add":
@@ -48,7 +49,8 @@ def test_any_sequence_of_changes_answers_as_a_rebuilt_index(base_items, changes,
         assert before.num_items == old[1]  # what a search under way holds
         assert [one.tolist() for one in before.expand(np.arange(SIDS), 1000)] == [one.tolist() for one in old[0]]
     listed = np.array([row not in gone for row in range(len(items))], dtype=bool)
-    rebuilt = SidIndex.build(arrays(items)[0], SIDS, arrays(items)[1], listed)
+    feedback = np.concatenate([seen, np.zeros(len(items) - len(seen))])
+    rebuilt = SidIndex.build(arrays(items)[0], SIDS, arrays(items)[1], listed, feedback=feedback)
     asked = np.array(order[:take], dtype=np.int32)
 
     rows, ranks = index.expand(asked, limit)
@@ -58,11 +60,13 @@ def test_any_sequence_of_changes_answers_as_a_rebuilt_index(base_items, changes,
     grid = np.stack([asked, asked])
     assert index.sizes(grid).tolist() == rebuilt.sizes(grid).tolist()
     assert [index.items(sid).tolist() for sid in range(SIDS)] == [rebuilt.items(sid).tolist() for sid in range(SIDS)]
+    logits, plain = (one.item_logits_at(one.places(np.arange(SIDS, dtype=np.int32), 1000)[0]) for one in (index, rebuilt))
+    assert logits.tolist() == plain.tolist()
     assert index.num_items == len(items)
     assert index.item_sid.tolist() == rebuilt.item_sid.tolist() == [sid for sid, _ in items]
     assert index.sids_of(np.arange(len(items))).tolist() == [sid for sid, _ in items]
     compact = index.compacted()
-    for name in ("offsets", "item_rows", "item_sid", "prior"):
+    for name in ("offsets", "item_rows", "item_sid", "prior", "item_logits"):
         one, other = getattr(compact, name), getattr(rebuilt, name)
         assert one.tolist() == other.tolist()
         assert one.dtype == other.dtype
