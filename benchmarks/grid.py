@@ -38,13 +38,17 @@ Cell = TypeVar("Cell", bound=GridCell)
 def take_over(cell: GridCell, root: Path) -> None:
     """Copy what earlier cells have made and this one has not; an artifact does not know its place, and one that does not match is made anew."""
     for source, name in cell.reuses():
-        origin, target = source.artifact(root, name), cell.artifact(root, name)
-        if target.exists() or not (origin / "manifest.json").exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-        shutil.copytree(origin, partial)
-        partial.rename(target)
+        copy_artifact(source.artifact(root, name), cell.artifact(root, name))
+
+
+def copy_artifact(origin: Path, target: Path) -> None:
+    """Copy an artifact that is there to where none is yet."""
+    if target.exists() or not (origin / "manifest.json").exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
+    shutil.copytree(origin, partial)
+    partial.rename(target)
 
 
 def run_stages(stages: Iterable[tuple[str, Callable[[], object]]], uri: Callable[[str], str], file: Path) -> dict[str, float]:

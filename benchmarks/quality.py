@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import quality_tables
-from grid import ROOT, run_grid, run_stages, take_over
+from grid import ROOT, copy_artifact, run_grid, run_stages, take_over
 from measurement import commit
 from paired_records import CollectionError, Record, to_json
 
@@ -50,10 +50,10 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sids": {
         "marketplace": (
             "data.marketplace_size=medium",
-            "quantizer.level_sizes=[256,16,16]",
-            "generator.stage1.steps=300",
-            "generator.stage2.steps=900",
-            "generator.stage3.steps=300",
+            "quantizer.level_sizes=[256,4,4]",
+            "generator.stage1.steps=200",
+            "generator.stage2.steps=600",
+            "generator.stage3.steps=200",
         ),
         "amazon_scientific": ("quantizer.level_sizes=[256,8,8]", "generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150"),
         "tiny": ("generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
@@ -61,10 +61,10 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "large": {
         "marketplace": (
             "data.marketplace_size=large",
-            "quantizer.level_sizes=[256,16,16]",
-            "generator.stage1.steps=500",
-            "generator.stage2.steps=1200",
-            "generator.stage3.steps=300",
+            "quantizer.level_sizes=[256,8,8]",
+            "generator.stage1.steps=400",
+            "generator.stage2.steps=800",
+            "generator.stage3.steps=200",
             "evaluation.beams=[1,10,100,320]",
             "evaluation.cut_beams=[20,40,60,80,100,120,140,160,180,200,240,280,320]",
         ),
@@ -190,6 +190,9 @@ def resize(pipeline: Pipeline) -> None:
 
 def _fit_resized(pipeline: Pipeline, levels: tuple[int, int, int]) -> None:
     pipeline.recipe = replace(pipeline.recipe, resized_levels=levels)
+    if levels == pipeline.recipe.quantizer.level_sizes:  # RQ-VAE's own books, so what was made for it is what would be made
+        for name in ("quantizer", "sid_index", "generator"):
+            copy_artifact(Path(pipeline.uri(f"rqvae/{name}")), Path(pipeline.uri(f"{RESIZED}/{name}")))
     pipeline.quantizer(RESIZED)
     pipeline.sid_index(RESIZED)
 

@@ -386,6 +386,16 @@ def test_resizing_keeps_the_own_books_where_they_are_near_enough(quality: Module
     assert pipeline.published == (64, 10, 10)
 
 
+def test_own_books_take_over_what_was_made_for_rqvae(quality: ModuleType, tmp_path: Path) -> None:
+    for name in ("quantizer", "sid_index", "generator"):
+        (tmp_path / "rqvae" / name).mkdir(parents=True)
+        (tmp_path / "rqvae" / name / "manifest.json").write_text(name)
+    quality.resize(ResizablePipeline(tmp_path, lambda second, third: 4.0))
+    assert {path.parent.name: path.read_text() for path in (tmp_path / "rqvae_resized").glob("*/manifest.json")} == {
+        name: name for name in ("quantizer", "sid_index", "generator")
+    }
+
+
 @pytest.mark.parametrize(("size", "tried"), [(9.0, (64, 18, 18)), (2.0, (64, 6, 6))])
 def test_resizing_stops_where_other_books_change_nothing(quality: ModuleType, tmp_path: Path, size: float, tried: tuple[int, int, int]) -> None:
     # 10 * (9 / 4) ** 0.75 = 18.4 and 10 * (2 / 4) ** 0.75 = 5.9 codes.
