@@ -37,9 +37,11 @@ import transformers
 from measurement import clock, commit, interleaved, machine, quartiles
 from torch import Tensor
 
-from genrecall.generator.decoding import beam_search
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.beam_search import beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
+from genrecall.generator.prompts import Prompts
 from genrecall.sid.index import SidIndex
 from genrecall.sid.trie import Trie
 

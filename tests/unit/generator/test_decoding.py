@@ -18,9 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen2ForCausalLM
 
-from genrecall.generator.decoding import SUPPORTS, DecodingError, PrefixMasks, beam_search, group_log_probs, sample_group
+from genrecall.generator.beam_search import beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.group_sampling import sample_group
 from genrecall.generator.guidance import Lexicon
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.prefix_masks import PrefixMasks
+from genrecall.generator.prompts import Prompts
+from genrecall.generator.support import SUPPORTS, DecodingError
 from genrecall.sid.trie import Trie
 
 CONFIG = DecoderConfig(

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.decoding import beam_search, group_log_probs, sample_group
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.beam_search import beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.group_sampling import sample_group
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import can_pack, pack
+from genrecall.generator.prompts import Prompts
 from genrecall.sid.trie import Trie
 
 CONFIG = DecoderConfig(
