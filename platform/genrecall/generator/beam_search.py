@@ -43,7 +43,8 @@ def beam_search(model: Decoder, prompts: Prompts, trie: Trie, *, beam_size: int,
     """The `beam_size` best SIDs of each prompt under beam search of that width.
 
     The prompt is read once and its keys and values shared by all beams; nothing waits for the device. The result is exact (the
-    best SIDs of all) when the beam covers every prefix. A beam whose children are all barred ends.
+    best SIDs of all) when the beam covers every prefix. A beam whose children are all barred ends. Under "trie", on a CPU, a level-2 prefix with a
+    single child, whose probability is 1, is not read.
 
     Args:
         model, prompts, trie: on one device.
@@ -111,24 +112,47 @@ class _Search:
         trie = self.trie
         children = trie.children2(token1)
         mask = None if self.allowed is None else self.allowed.nodes2
-        chosen, best = self._choose(hidden[:, :, 0], 1, children, trie.tokens2, score1, mask, width)
+        log_probs = self._log_probs(hidden[:, :, 0], 1, children, trie.tokens2)
+        chosen, best = self._choose(log_probs, children, score1, mask, width, len(trie.tokens2))
         node, parent = children.ids.flatten(1).gather(1, chosen), chosen // trie.max_children2
         return node, best, parent, trie.tokens2[node].long(), past
 
     def third_level(self, node: Tensor, score2: Tensor, token2: Tensor, parent2: Tensor, past: list[KeysValues], width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Leaves, scores and parents [B, W] of the best SIDs."""
-        embedded = self.model.embed_level_tokens(token2, 1)
-        hidden, _ = self.model.extend(embedded[:, :, None], self.state, [layer.taken(parent2) for layer in past])
         trie = self.trie
         children = trie.children3(node)
+        open_ = self._open(children, score2)
+        if open_ is None:
+            log_probs = self._read_third(token2, parent2, past, children)
+        else:
+            log_probs = torch.zeros(children.ids.shape, dtype=score2.dtype)  # of a single child: log 1
+            if open_.shape[1]:
+                rows = open_[..., None].expand(-1, -1, trie.max_children3)
+                few = Children(children.ids.gather(1, rows), children.valid.gather(1, rows))
+                log_probs.scatter_(1, rows, self._read_third(token2.gather(1, open_), parent2.gather(1, open_), past, few))
         mask = None if self.allowed is None else self.allowed.leaves
-        chosen, best = self._choose(hidden[:, :, 0], 2, children, trie.tokens3, score2, mask, width)
+        chosen, best = self._choose(log_probs, children, score2, mask, width, len(trie))
         return children.ids.flatten(1).gather(1, chosen), best, chosen // trie.max_children3
 
-    def _choose(
-        self, hidden: Tensor, level: int, children: Children, tokens: Tensor, parent_scores: Tensor, mask: Tensor | None, width: int
-    ) -> tuple[Tensor, Tensor]:
-        """Positions (in the flattened candidates) and scores [B, W'] of the best children of all beams."""
+    def _read_third(self, token2: Tensor, parent2: Tensor, past: list[KeysValues], children: Children) -> Tensor:
+        """Log-probabilities [B, U, C] of the children of level-2 prefixes, given their tokens and parents [B, U]."""
+        embedded = self.model.embed_level_tokens(token2, 1)
+        hidden, _ = self.model.extend(embedded[:, :, None], self.state, [layer.taken(parent2) for layer in past])
+        return self._log_probs(hidden[:, :, 0], 2, children, self.trie.tokens3)
+
+    def _open(self, children: Children, scores: Tensor) -> Tensor | None:
+        """The beams int64 [B, U] that have more than one child, U being the most of any prompt (others fill the places that are left); None for all of them.
+
+        Over the children a single one has probability 1, and its prefix need not be read. To count them would make a device wait: CPUs only.
+        """
+        if self.support != "trie" or scores.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        several = (children.valid.sum(dim=-1) > 1) & (scores > -math.inf)
+        most = int(several.sum(dim=1).max())
+        return None if most == scores.shape[1] else several.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+    def _log_probs(self, hidden: Tensor, level: int, children: Children, tokens: Tensor) -> Tensor:
+        """Log-probabilities [B, W, C] of children (anything where padded), given the hidden states [B, W, d] of their prefixes."""
         logits = self.model.level_logits(hidden, level).float()
         scores = logits.gather(-1, tokens[children.ids].long())
         if self.guide is not None:
@@ -138,11 +162,15 @@ class _Search:
             normaliser = normaliser.masked_fill(normaliser == -math.inf, 0.0)  # no children: a dead beam
         else:
             normaliser = self._normaliser(hidden, logits)
+        return scores - normaliser
+
+    def _choose(self, log_probs: Tensor, children: Children, parent_scores: Tensor, mask: Tensor | None, width: int, most: int) -> tuple[Tensor, Tensor]:
+        """Positions (in the flattened candidates) and scores [B, W'] of the best children of all beams, of which there are at most `most`."""
         valid = children.valid
         if mask is not None:
-            valid = valid & mask.expand(len(hidden), -1).gather(1, children.ids.flatten(1)).view_as(valid)
-        totals = (parent_scores[..., None] + (scores - normaliser)).masked_fill(~valid, -math.inf).flatten(1)
-        return best_positions(totals, children.ids.flatten(1), min(width, totals.shape[1], len(tokens)))
+            valid = valid & mask.expand(len(log_probs), -1).gather(1, children.ids.flatten(1)).view_as(valid)
+        totals = (parent_scores[..., None] + log_probs).masked_fill(~valid, -math.inf).flatten(1)
+        return best_positions(totals, children.ids.flatten(1), min(width, totals.shape[1], most))
 
     def _normaliser(self, hidden: Tensor, logits: Tensor) -> Tensor:
         return (self.model.logits(hidden).float() if self.support == "full" else logits).logsumexp(-1, keepdim=True)
