@@ -48,6 +48,7 @@ from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
 from genrecall.generator.prompts import Prompts
+from genrecall.local_ray import ensure_ray
 from genrecall.quantization.residual_quantizer import FrozenQuantizer, load_quantizer
 from genrecall.registry.bundle import BundleConfig
 from genrecall.registry.item_placement import assign_items
@@ -60,7 +61,6 @@ from genrecall.sid.segments import SegmentedIndex
 from genrecall.sid.semantic_id import SidSpace
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage
-from genrecall.train_worker import ensure_ray
 
 BEAM, PROMPT = 50, 32
 """Where one of the two is not what varies."""

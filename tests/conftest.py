@@ -27,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, started once."""
     import ray
 
-    from genrecall.train_worker import ensure_ray
+    from genrecall.local_ray import ensure_ray
 
     ensure_ray(num_cpus=2)
     yield
