@@ -25,8 +25,10 @@ import torch
 from measurement import commit, machine
 
 from genrecall.device import default_device, default_dtype
-from genrecall.generator.decoding import beam_search
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.beam_search import beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
 from genrecall.generator.search_graphs import SearchGraphs
 from genrecall.sid.trie import Trie
 

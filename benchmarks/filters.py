@@ -31,9 +31,10 @@ import torch
 from decode import Task, sid_tokens
 from measurement import Recorder, cpu_seconds, ratios
 
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.filter_cache import FilterCache
-from genrecall.generator.model import Decoder, DecoderConfig
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.tokenizer import QueryTokenizer

@@ -43,9 +43,12 @@ from measurement import commit, machine, quartiles, seconds, write_tables
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder, save_towers
 from genrecall.encoders.towers import NgramTowers
-from genrecall.generator.decoding import _best_positions, _children, beam_search
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.beam_search import beam_search, best_positions
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
+from genrecall.generator.prompts import Prompts
+from genrecall.local_ray import ensure_ray
 from genrecall.quantization.residual_quantizer import FrozenQuantizer, load_quantizer
 from genrecall.registry.bundle import BundleConfig
 from genrecall.registry.item_placement import assign_items
@@ -58,7 +61,6 @@ from genrecall.sid.segments import SegmentedIndex
 from genrecall.sid.semantic_id import SidSpace
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage
-from genrecall.train_worker import ensure_ray
 
 BEAM, PROMPT = 50, 32
 """Where one of the two is not what varies."""
@@ -197,16 +199,16 @@ class Side:
         tokens1 = torch.from_numpy(rng.choice(np.flatnonzero(trie.level1_valid.numpy()), (1, beam)))
         nodes = torch.from_numpy(rng.integers(0, len(trie.tokens2), (1, beam)))
         levels = [
-            (trie.offsets2, trie.tokens2, tokens1, trie.max_children2, torch.randn(1, beam, trie.alphabet_sizes[1])),
-            (trie.offsets3, trie.tokens3, nodes, trie.max_children3, torch.randn(1, beam, trie.alphabet_sizes[2])),
+            (trie.children2, trie.tokens2, tokens1, torch.randn(1, beam, trie.alphabet_sizes[1])),
+            (trie.children3, trie.tokens3, nodes, torch.randn(1, beam, trie.alphabet_sizes[2])),
         ]
 
         @torch.inference_mode()
         def choose() -> None:
-            for offsets, tokens, parents, most, logits in levels:
-                children = _children(offsets, parents, most)
+            for children_of, tokens, parents, logits in levels:
+                children = children_of(parents)
                 scores = logits.gather(-1, tokens[children.ids].long()).masked_fill(~children.valid, -torch.inf).flatten(1)
-                _best_positions(scores, children.ids.flatten(1), min(beam, scores.shape[1]))
+                best_positions(scores, children.ids.flatten(1), min(beam, scores.shape[1]))
 
         return choose
 

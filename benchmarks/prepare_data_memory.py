@@ -66,7 +66,7 @@ def write_shop(folder: Path, num_events: int) -> None:
 def prepare(folder: Path) -> None:
     """Runs in the measured process."""
     from genrecall.data.search_logs import PrepareDataConfig, prepare_data
-    from genrecall.train_worker import ensure_ray
+    from genrecall.local_ray import ensure_ray
 
     ensure_ray(num_cpus=2)
     print("ready", flush=True)

@@ -36,9 +36,12 @@ from decode import Task as DecodeTask
 from measurement import interleaved, ratios, run_recorded, seconds
 from torch import Tensor
 
-from genrecall.generator.decoding import GroupSamples, group_log_probs, sample_group
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.group_sampling import GroupSamples, sample_group
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
+from genrecall.generator.prompts import Prompts
 from genrecall.rl.advantage import group_advantages
 from genrecall.rl.learner import ObjectiveConfig, alignment_loss
 from genrecall.rl.policy_loss import clipped_objective, exact_kl, mean_over_samples

@@ -125,7 +125,7 @@ class Server:
     def __enter__(self) -> Server:
         from ray import serve
 
-        from genrecall.train_worker import ensure_ray
+        from genrecall.local_ray import ensure_ray
 
         self._home.mkdir(parents=True, exist_ok=True)
         (self._home / "keys").write_text(KEY)

@@ -27,7 +27,7 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray of two CPUs, started once."""
     import ray
 
-    from genrecall.train_worker import ensure_ray
+    from genrecall.local_ray import ensure_ray
 
     ensure_ray(num_cpus=2)
     yield
@@ -63,8 +63,9 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     from genrecall.encoders.embed import embed_catalog, load_item_embeddings
     from genrecall.encoders.text_encoder import load_encoder, save_towers
     from genrecall.encoders.towers import NgramTowers
+    from genrecall.generator.decoder_config import DecoderConfig
     from genrecall.generator.examples import PromptBuilder
-    from genrecall.generator.model import Decoder, DecoderConfig
+    from genrecall.generator.model import Decoder
     from genrecall.generator.sft import build_lexicon
     from genrecall.generator.tokenizer import QueryTokenizer
     from genrecall.quantization.residual_quantizer import FrozenQuantizer

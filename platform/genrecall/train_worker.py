@@ -38,12 +38,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor, nn
 
 from genrecall.device import default_device, default_dtype
+from genrecall.local_ray import ensure_ray
 from genrecall.storage import Stage
 from genrecall.tracking import MetricLog
 
 logger = logging.getLogger(__name__)
 
-_LOCAL_OBJECT_STORE_BYTES = 1 << 30
 _STATE = "state.json"
 _SHOWN_METRICS = 8  # in a progress line; MLflow gets all of them
 
@@ -71,29 +71,6 @@ class TrainSettings:
             for name in ("num_workers", "cpus_per_worker", "checkpoint_every_steps")
             if getattr(self, name) < 1
         ]
-
-
-def ensure_ray(num_cpus: int | None = None) -> None:
-    """Connect to the cluster that the environment names (inside a Ray job, or `RAY_ADDRESS`), else start a local one.
-
-    The local one listens on loopback only and has a bounded object store; `num_cpus` sets its CPU count (default: the
-    machine's). Its dashboard stays on because Ray Train asks the dashboard's state API whether a run's controller still lives.
-    """
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
-        return
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": "genrecall.ray_environment.quiet_worker"},
-    )
 
 
 def fits_at_once(train: TrainSettings) -> int:

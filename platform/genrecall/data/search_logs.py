@@ -29,8 +29,8 @@ from genrecall.data.schema import DataError
 from genrecall.data.sources import Source, open_adapter, open_files, open_marketplace, stage_tables
 from genrecall.data.splits import time_cuts
 from genrecall.data.validation import RowRules
+from genrecall.local_ray import ensure_ray
 from genrecall.storage import Artifact, Draft, Stage, remove_tree
-from genrecall.train_worker import ensure_ray
 
 ALGORITHM_VERSION = 1
 _MAX_PARTITIONS = 1_000

@@ -17,8 +17,11 @@ import math
 import torch
 from torch import Tensor
 
-from genrecall.generator.decoding import DecodingError, GroupSamples, LevelLogProbs, Support, check_sampling, kept_keys_values
-from genrecall.generator.model import Decoder, Prompts, PromptState
+from genrecall.generator.group_sampling import GroupSamples, check_sampling
+from genrecall.generator.log_probs import LevelLogProbs
+from genrecall.generator.model import Decoder, PromptState
+from genrecall.generator.prompts import Prompts
+from genrecall.generator.support import DecodingError, Support
 from genrecall.sid.trie import Trie
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -76,7 +79,7 @@ def sample_distinct(
     two, parent, token2, log2 = _extended(one, levels.second(hidden[:, :, 0], token1), streams, 2, group_size)
     token1, log1 = token1.gather(1, parent), log1.gather(1, parent)
 
-    past = [kept_keys_values(layer, parent) for layer in past]
+    past = [layer.taken(parent) for layer in past]
     hidden, _ = model.extend(model.embed_level_tokens(token2, 1)[:, :, None], state, past)
     three, parent, token3, log3 = _extended(two, levels.third(hidden[:, :, 0], token1, token2), streams, 3, group_size)
     tokens = torch.stack((token1.gather(1, parent), token2.gather(1, parent), token3), dim=-1)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from genrecall.encoders.ngram_hash import ragged_positions
-from genrecall.generator.model import Prompts
+from genrecall.generator.prompts import Prompts
 from genrecall.generator.tokenizer import QueryTokenizer
 
 PROMPT_FILE = "prompts.json"

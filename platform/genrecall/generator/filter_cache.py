@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from genrecall.generator.decoding import PrefixMasks
+from genrecall.generator.prefix_masks import PrefixMasks
 from genrecall.sid.filters import AllowedItems, Filter, FilterError, FilterPostings
 from genrecall.sid.trie import Trie
 

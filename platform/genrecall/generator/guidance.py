@@ -130,7 +130,7 @@ class Guidance(nn.Module):
     @torch.no_grad()
     def logits_of_items(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, trie: Trie) -> Tensor:
         """a_3 * s float32 [m] of the items at int64 [m] `positions`, for one query: its vector float [d] and its prompt's token ids int64 [L]."""
-        assert trie.item_vectors is not None, "checked by decoding"
+        assert trie.item_vectors is not None, "checked by check_support"
         words = (self.item_offsets, self.item_tokens) if self.lexical_weight else None
         return self._logits(query_vector, token_ids, positions, trie.item_vectors, words)
 

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genrecall.config import ConfigError, from_dict, to_dict
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.guidance import Lexicon
-from genrecall.generator.model import Decoder, DecoderConfig
+from genrecall.generator.model import Decoder
 
 FORMAT_VERSION = 1
 _LAYER_NAMES = {

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from genrecall.generator.decoding import PrefixMasks
 from genrecall.generator.filter_cache import FilterCache, ResolvedFilter
+from genrecall.generator.prefix_masks import PrefixMasks
 from genrecall.sid.filters import Filter
 from genrecall.sid.own_records import JudgedItems, OwnRecords
 from genrecall.sid.trie import Trie

@@ -30,6 +30,12 @@ def can_pack(model: Decoder) -> bool:
     return model.device.type == "cpu" and has_onednn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 numbers (AVX-512, or AVX2 with the conversions)."""
+    supported: bool = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # type: ignore[no-untyped-call]
+    return supported
+
+
 @torch.inference_mode()
 def pack(model: Decoder, dtype: torch.dtype = torch.float32) -> Decoder:
     """A decoder for search that shares nothing trainable with `model`; `model` itself where it cannot be packed, see `can_pack`.
@@ -39,12 +45,14 @@ def pack(model: Decoder, dtype: torch.dtype = torch.float32) -> Decoder:
         dtype: of the products, float32 or bfloat16.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: another dtype, or bfloat16 on a CPU without it, see `has_bfloat16`.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"pack: expected dtype float32 or bfloat16, got {dtype}")
     if not can_pack(model):
         return model
+    if dtype is torch.bfloat16 and not has_bfloat16():
+        raise ValueError("pack: this CPU has no bfloat16 products; use float32, or a CPU with AVX-512")
     packed = copy.copy(model)
     packed._modules = dict(model._modules)  # what is not replaced below is only read
     packed.layers = torch.nn.ModuleList(_PackedLayer(cast(Layer, layer), dtype) for layer in model.layers)

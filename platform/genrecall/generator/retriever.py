@@ -22,12 +22,15 @@ from torch import Tensor
 
 from genrecall.device import default_device
 from genrecall.encoders.text_encoder import TextEncoder, load_encoder
-from genrecall.generator.decoding import BeamResult, PrefixMasks, Support, beam_search
+from genrecall.generator.beam_search import BeamResult, beam_search
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.filter_cache import FilterCache
-from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
+from genrecall.generator.prefix_masks import PrefixMasks
+from genrecall.generator.prompts import Prompts
 from genrecall.generator.search_graphs import SearchGraphs
+from genrecall.generator.support import Support
 from genrecall.sid.filters import Filter, load_filters
 from genrecall.sid.index import load_index, load_sid_table, load_trie
 from genrecall.sid.segments import SegmentedIndex, ServedIndex
@@ -86,7 +89,7 @@ class Retriever:
         prompt_builder: as at training.
         trie, index, table: of one `sid_index` artifact; the index may hold changes since.
         encoder: its query vectors become soft prompts and choose the related history; None is allowed where neither is used.
-        support: over what the probabilities of a level are normalised, see `decoding.beam_search`.
+        support: over what the probabilities of a level are normalised, see `support.py`.
         personalised: whether prompts hold the shopper, unless a call says otherwise.
         filters: of that artifact's index; None where no request comes with one. Later items pass those of a `LiveFilterCache` alone.
 

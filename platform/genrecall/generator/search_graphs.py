@@ -17,8 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genrecall.generator.decoding import BeamResult, PrefixMasks, Support, beam_search
-from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.beam_search import BeamResult, beam_search
+from genrecall.generator.model import Decoder
+from genrecall.generator.prefix_masks import PrefixMasks
+from genrecall.generator.prompts import Prompts
+from genrecall.generator.support import Support
 from genrecall.sid.trie import Trie
 
 logger = logging.getLogger(__name__)

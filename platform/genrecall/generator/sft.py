@@ -34,10 +34,12 @@ from genrecall.device import default_device
 from genrecall.encoders.embed import item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.calibration import choose_decoder_weight, weighted_decoder
-from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.examples import Batches
 from genrecall.generator.guidance import LEXICON_TOKENS, Lexicon
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
@@ -251,7 +253,7 @@ def sft_loss(
     Args:
         token_ids: int64 [B, L], lengths: int64 [B], soft: float32 [B, d] or None: see `Prompts`.
         targets: int64 [B, T, 3], SID tokens.
-        support, trie: see `decoding.py`.
+        support, trie: see `support.py`.
 
     Returns:
         The loss, a scalar, and its three parts by level.

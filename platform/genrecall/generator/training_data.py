@@ -19,10 +19,12 @@ import torch
 from genrecall.data.catalog import Catalog
 from genrecall.data.interactions import Requests, known_at_split, query_item_pairs
 from genrecall.encoders.text_encoder import TextEncoder
+from genrecall.generator.beam_search import beam_search
 from genrecall.generator.corruption import corrupt, short_text
-from genrecall.generator.decoding import Support, beam_search, group_log_probs
 from genrecall.generator.examples import ExampleSet, PromptBank, PromptBuilder, aggregate_targets, level1_centroids
+from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
+from genrecall.generator.support import Support
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.sid.semantic_id import SidTable
 from genrecall.sid.trie import Trie

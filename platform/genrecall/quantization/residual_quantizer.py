@@ -13,7 +13,6 @@ Shapes: B rows, D embedding dimension, Z latent dimension, K_l codes at level l 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ from genrecall.quantization.level1_categories import Level1Categories
 LevelSizes = tuple[int, int, int]
 _PLACE_CHUNK = 8192
 _SCORES_IN_CACHE = 1 << 18  # float32: 1 MB, a CPU core's own cache
-_SCORE_BLOCK = 64
 
 
 class QuantizerError(ValueError):
@@ -64,14 +62,14 @@ class Quantized:
         codes: int64 [B, 3].
         straight_through: [B, Z], the sum of the chosen codes; its gradient goes to the input unchanged.
         commitment: scalar, the mean over rows of sum_l |residual_l - sg(code_l)|^2.
-        inputs: the residual that each level quantised, three of [B, Z], detached.
+        inputs: [3, B, Z], the residual that each level quantised, detached.
         forced: bool [B], rows whose level-1 code was given.
     """
 
     codes: Tensor
     straight_through: Tensor
     commitment: Tensor
-    inputs: tuple[Tensor, Tensor, Tensor]
+    inputs: Tensor
     forced: Tensor
 
 
@@ -92,10 +90,10 @@ class _Commitment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         residuals = ctx.saved_tensors
-        factor = gradients[0] / len(residuals[0])
-        pull = 2.0 * residuals[-1] * factor
+        factor = 2.0 * gradients[0] / len(residuals[0])
+        pull = residuals[-1] * factor
         for residual in reversed(residuals[:-1]):
-            pull = pull + 2.0 * residual * factor
+            pull += residual * factor
         return pull, *(None for _ in residuals)
 
 
@@ -147,17 +145,18 @@ class ResidualQuantizer(nn.Module):
     def forward(self, z: Tensor, level1: Tensor | None = None) -> Quantized:
         """Quantise z [B, Z]; rows with `level1` >= 0 (int64 [B]) take that code at level 1, all others the nearest."""
         forced = torch.zeros(len(z), dtype=torch.bool, device=z.device) if level1 is None else level1 >= 0
-        codes, inputs = [], [z.detach()]
-        for number, vectors in enumerate(self.codebooks):
-            chosen = nearest_codes(inputs[-1], vectors)
-            if number == 0 and level1 is not None:
-                chosen = torch.where(forced, level1, chosen)
-            codes.append(chosen)
-            inputs.append(inputs[-1] - vectors.index_select(0, chosen))
-        commitment = cast(Tensor, _Commitment.apply(z, *inputs[1:]))  # type: ignore[no-untyped-call]
+        codes, residuals = [], torch.empty(4, *z.shape, dtype=z.dtype, device=z.device)
+        with torch.no_grad():
+            residuals[0] = z
+            for number, vectors in enumerate(self.codebooks):
+                chosen = nearest_codes(residuals[number], vectors)
+                if number == 0 and level1 is not None:
+                    chosen = torch.where(forced, level1, chosen)
+                codes.append(chosen)
+                torch.sub(residuals[number], vectors.index_select(0, chosen), out=residuals[number + 1])
+        commitment = cast(Tensor, _Commitment.apply(z, *residuals[1:]))  # type: ignore[no-untyped-call]
         # z - residual is the sum of the chosen codes, with no gradient; z's own gradient makes it straight-through.
-        straight_through = z - inputs[-1]
-        return Quantized(torch.stack(codes, dim=1), straight_through, commitment, (inputs[0], inputs[1], inputs[2]), forced)
+        return Quantized(torch.stack(codes, dim=1), z - residuals[3], commitment, residuals[:3], forced)
 
     @torch.no_grad()
     def update(self, batch: Quantized, *, restart: torch.Generator | None = None) -> None:
@@ -166,19 +165,20 @@ class ResidualQuantizer(nn.Module):
         With several workers the batches are summed over all of them, so every worker keeps the same codes. Dead codes at
         level 1 become rows whose code was not given, because only those can choose them.
         """
-        sizes = self.level_sizes
-        statistics = torch.zeros(sum(sizes), self.dim + 1, device=batch.codes.device)
-        offset = 0
-        for number, size in enumerate(sizes):
-            rows = torch.cat([batch.inputs[number], torch.ones_like(batch.inputs[number][:, :1])], dim=1)
-            statistics.index_add_(0, batch.codes[:, number] + offset, rows.to(statistics.dtype))
-            offset += size
-        statistics /= len(batch.codes)
+        sizes, rows = list(self.level_sizes), len(batch.codes)
+        # Sums and counts of all levels in one array: with several workers they travel together.
+        statistics = torch.zeros(sum(sizes) * (self.dim + 1), device=batch.codes.device)
+        totals, counts = statistics[: sum(sizes) * self.dim].view(-1, self.dim), statistics[sum(sizes) * self.dim :]
+        chosen = (batch.codes.T + torch.tensor([0, sizes[0], sizes[0] + sizes[1]], device=batch.codes.device)[:, None]).flatten()
+        totals.index_add_(0, chosen, batch.inputs.flatten(0, 1).to(totals.dtype))
+        counts.copy_(torch.bincount(chosen, minlength=len(counts)))
+        statistics /= rows
         _average_over_workers(statistics)
-        for number, (level, part) in enumerate(zip(self.levels, torch.split(statistics, list(sizes)), strict=True)):
+        parts = zip(self.levels, counts.split(sizes), totals.split(sizes), strict=True)
+        for number, (level, share, total) in enumerate(parts):
             book = cast(_Codebook, level)
-            book.share.lerp_(part[:, -1], 1 - self.decay)
-            book.total.lerp_(part[:, :-1], 1 - self.decay)
+            book.share.lerp_(share, 1 - self.decay)
+            book.total.lerp_(total, 1 - self.decay)
             # A code that no row has chosen for very long keeps its place: its total and share have decayed alike.
             alive = book.share > 1e-12
             book.vectors.copy_(torch.where(alive[:, None], book.total / book.share.clamp(min=1e-12)[:, None], book.vectors))
@@ -239,19 +239,9 @@ def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
     half_norms = codebook.square().sum(dim=1).mul(-0.5)
     if rows.device.type != "cpu":
         return torch.addmm(half_norms, rows, codebook.T).argmax(dim=1)
+    # numpy's argmax, like torch's the first among equals, uses vector instructions where torch's goes number by number.
     chunks = torch.split(rows, max(64, _SCORES_IN_CACHE // len(codebook)))
-    return torch.cat([_first_highest(torch.addmm(half_norms, chunk, codebook.T)) for chunk in chunks])
-
-
-def _first_highest(scores: Tensor) -> Tensor:
-    """`scores.argmax(dim=1)`, the first among equals, of float32 [n, K]: torch's argmax is scalar on CPUs, its amax uses vectors."""
-    rows, width = scores.shape
-    block = math.gcd(width, _SCORE_BLOCK)
-    if block < 8 or block == width:
-        return scores.argmax(dim=1)
-    chosen = scores.view(rows, width // block, block).amax(dim=2).argmax(dim=1)
-    of_chosen = scores.view(-1, block).index_select(0, chosen + torch.arange(rows) * (width // block))
-    return chosen * block + of_chosen.argmax(dim=1)
+    return torch.from_numpy(np.concatenate([torch.addmm(half_norms, chunk, codebook.T).detach().numpy().argmax(axis=1) for chunk in chunks]))
 
 
 def kmeans(rows: Tensor, size: int, *, generator: torch.Generator, iterations: int = 10) -> Tensor:

@@ -21,11 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
+from genrecall.data.checked_items import COLUMNS, ORIGIN, UNREADABLE, checked_items
 from genrecall.data.schema import REJECTED, DataError
-from genrecall.data.table_readers import Portion, find_portions, read_portion
+from genrecall.data.table_readers import find_portions, read_portion
 from genrecall.data.validation import SCHEMAS, RowRules, check_chunk, text_columns
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
+from genrecall.local_ray import ensure_ray
 from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.catalogue_log import CatalogueLog
 from genrecall.registry.catalogue_records import ItemRecord
@@ -33,7 +35,6 @@ from genrecall.sid.assign import load_assigner, oversize_sids
 from genrecall.sid.index import load_index, load_sid_table
 from genrecall.sid.item_ids import ItemIds
 from genrecall.storage import Artifact
-from genrecall.train_worker import ensure_ray
 
 PLACED = pa.schema(
     [
@@ -46,9 +47,6 @@ PLACED = pa.schema(
 )
 _ROWS_AT_ONCE = 4096
 _RECORDS_AT_ONCE = 1000
-_COLUMNS = ("item_id", "title", "brand", "category_path", "text")
-_ORIGIN = ("file", "row", "column", "reason", "value")
-_UNREADABLE = "unreadable_input"
 _RULES_WITHOUT_EVENTS = {"max_query_characters": 1, "latest_time": 2**62}
 
 
@@ -96,11 +94,11 @@ class _Placer:
             rows[new], errors[new] = self._place(batch.filter(pa.array(new)))
         sids = pa.array(self._table.space.texts_of(self._table.tokens[rows]))
         columns = [batch["item_id"], sids, pa.array(rows), pa.array(errors, mask=~new), pa.array(known >= 0)]
-        return pa.table([*columns, *(batch[name] for name in _ORIGIN)], names=[*PLACED.names, *_ORIGIN])
+        return pa.table([*columns, *(batch[name] for name in ORIGIN)], names=[*PLACED.names, *ORIGIN])
 
     def _place(self, items: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """SID rows int32 [n] and quantisation errors float32 [n]."""
-        titles, brands, paths, texts = (items[name].to_pylist() for name in _COLUMNS[1:])
+        titles, brands, paths, texts = (items[name].to_pylist() for name in COLUMNS[1:])
         composed = [compose_item_text(title, brand or "", path, text or "") for title, brand, path, text in zip(titles, brands, paths, texts, strict=True)]
         codes, residuals = self._quantizer.place(self._encoder.encode_items(composed), paths)
         return self._assigner.assign_placed(codes, residuals), np.square(residuals).sum(axis=1)
@@ -126,7 +124,7 @@ def assign_items(bundle: Artifact, items: str, output: Path, *, category_separat
 
     def read(numbers: pa.Table) -> Iterator[pa.Table]:
         for number in numbers["number"].to_pylist():
-            yield from _checked_rows(portions[number], rules)
+            yield from checked_items(portions[number], rules)
 
     placed = (
         ray.data.from_arrow(pa.table({"number": list(range(len(portions)))}))
@@ -147,15 +145,15 @@ def assign_items(bundle: Artifact, items: str, output: Path, *, category_separat
             batches: Iterable[Any] = placed.iter_batches(batch_format="pyarrow", batch_size=_ROWS_AT_ONCE)  # Arrow tables, which Ray's annotation does not say
             for batch in batches:
                 reasons = batch["reason"].to_pylist()
-                if _UNREADABLE in reasons:
-                    raise DataError(batch["value"][reasons.index(_UNREADABLE)].as_py())
+                if UNREADABLE in reasons:
+                    raise DataError(batch["value"][reasons.index(UNREADABLE)].as_py())
                 for place, one in enumerate(batch["item_id"].to_pylist()):
                     if reasons[place] is None and one in seen:
                         reasons[place] = "duplicate_item_id"
                     seen.add(one)
                 reason = pa.array(reasons, pa.string())
                 rows = batch.select(PLACED.names).filter(pc.is_null(reason)).cast(PLACED)
-                origin = {name: batch[name] for name in _ORIGIN} | {"table": pa.array(["items"] * len(batch)), "reason": reason}
+                origin = {name: batch[name] for name in ORIGIN} | {"table": pa.array(["items"] * len(batch)), "reason": reason}
                 rejected = pa.table({field.name: origin[field.name] for field in REJECTED}).filter(pc.is_valid(reason)).cast(REJECTED)
                 good.write_table(rows)
                 bad.write_table(rejected)
@@ -214,24 +212,3 @@ def _record_of(row: Mapping[str, Any]) -> ItemRecord:
         price=row["price"],
         prior_score=row["prior_score"],
     )
-
-
-def _checked_rows(portion: Portion, rules: RowRules) -> Iterator[pa.Table]:
-    """The rows of a portion: sound ones with their columns, others with a `reason`; both with their place in the file."""
-    items = pa.schema([SCHEMAS["items"].field(name).with_nullable(True) for name in _COLUMNS])
-
-    def without_columns(count: int, origin: list[pa.Array]) -> pa.Table:
-        return pa.table([*(pa.nulls(count, field.type) for field in items), *origin], names=[*_COLUMNS, *_ORIGIN])
-
-    try:
-        for chunk in read_portion(portion, SCHEMAS["items"].names, text_columns("items")):
-            checked = check_chunk(portion, chunk, rules)
-            sound, count = checked.table, len(checked.table)
-            origin = {name: pa.nulls(count, REJECTED.field(name).type) for name in _ORIGIN}
-            origin |= {"file": pa.array([portion.label] * count, pa.string()), "row": sound["_row"], "value": sound["item_id"]}
-            yield pa.table([*(sound[name] for name in _COLUMNS), *origin.values()], names=[*_COLUMNS, *_ORIGIN])
-            if len(checked.rejected):
-                yield without_columns(len(checked.rejected), [checked.rejected[name] for name in _ORIGIN])
-    except DataError as error:  # travels as a row: Ray Data would wrap it and lose its type
-        found = {"file": portion.label, "reason": _UNREADABLE, "value": str(error)}
-        yield without_columns(1, [pa.array([found.get(name)], REJECTED.field(name).type) for name in _ORIGIN])

@@ -39,10 +39,12 @@ from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.device import default_device
 from genrecall.encoders.text_encoder import load_encoder
-from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import PromptBuilder
-from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
+from genrecall.generator.prompts import Prompts
+from genrecall.local_ray import ensure_ray
 from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
 from genrecall.rl.experience import Experience, Experiences, reward_actor, rollout_actors, shared
 from genrecall.rl.experts import counter_uniforms, draw_weighted, tier_weights
@@ -54,7 +56,7 @@ from genrecall.rl.stop_rules import StopRules
 from genrecall.sid.index import load_sid_table, load_trie
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage, open_artifact
-from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, ensure_ray, fit
+from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, fit
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from genrecall.data.interactions import Requests
 from genrecall.encoders.text_encoder import TextEncoder
 from genrecall.generator.corruption import corrupt
-from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.examples import PromptBuilder
-from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
 from genrecall.rl.advantage import group_advantages, has_spread
 from genrecall.rl.feedback import CLICKED, TIER_NAMES
 from genrecall.rl.policy_loss import answer_entropy, clipped_objective, entropy, exact_kl, mean_over_samples, open_groups, ratio_one_for, sft_anchor

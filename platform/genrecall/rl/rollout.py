@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from genrecall.config import from_dict
 from genrecall.device import default_device
-from genrecall.generator.decoding import GroupSamples, group_log_probs, sample_group
 from genrecall.generator.distinct_samples import sample_distinct
-from genrecall.generator.model import Decoder, Prompts, PromptState
+from genrecall.generator.group_sampling import GroupSamples, sample_group
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder, PromptState
+from genrecall.generator.prompts import Prompts
 from genrecall.rl.experts import counter_streams, counter_uniforms, seat_experts
 from genrecall.sid.index import load_trie
 from genrecall.sid.trie import Trie

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ _ITEM_FILES = ("item_vectors", "item_offsets")
 
 class TrieError(ValueError):
     """Tokens that do not make a trie, or files that are not one."""
+
+
+class Children(NamedTuple):
+    """The children of prefixes [...], padded to C: ids int64 [..., C] (in range also where padded), valid bool [..., C]."""
+
+    ids: Tensor
+    valid: Tensor
 
 
 class Trie:
@@ -143,6 +151,14 @@ class Trie:
             self.alphabet_sizes, *arrays, max_children=(self.max_children2, self.max_children3), items=(items[0].to(self.device), items[1].to(self.device))
         )
 
+    def children2(self, tokens1: Tensor) -> Children:
+        """The level-2 nodes under level-1 tokens int64 [...], without a host sync."""
+        return _children(self.offsets2, tokens1, self.max_children2)
+
+    def children3(self, nodes: Tensor) -> Children:
+        """The leaves under level-2 nodes int64 [...], without a host sync."""
+        return _children(self.offsets3, nodes, self.max_children3)
+
     def find(self, tokens: Tensor) -> Tensor:
         """The SID row of each token triple, without a host sync.
 
@@ -212,6 +228,13 @@ class Trie:
 def _owners(offsets: Tensor, count: int) -> Tensor:
     """int64 [count], the segment of `offsets` that each of its `count` entries lies in."""
     return torch.repeat_interleave(offsets[1:].long() - offsets[:-1].long(), output_size=count)
+
+
+def _children(offsets: Tensor, parents: Tensor, most: int) -> Children:
+    first, end = offsets[parents].long(), offsets[parents + 1].long()
+    ids = first[..., None] + torch.arange(most, device=offsets.device)
+    valid = ids < end[..., None]
+    return Children(torch.where(valid, ids, 0), valid)
 
 
 def _longest(offsets: Tensor) -> int:

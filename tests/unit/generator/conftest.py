@@ -12,8 +12,9 @@ import torch
 from genrecall.data.catalog import Catalog
 from genrecall.data.interactions import Requests
 from genrecall.encoders.embed import item_text
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.examples import PromptBuilder
-from genrecall.generator.model import Decoder, DecoderConfig
+from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.sft import build_lexicon
 from genrecall.generator.tokenizer import QueryTokenizer

@@ -11,9 +11,10 @@ import torch
 
 from genrecall.data.interactions import Requests
 from genrecall.generator.calibration import DECODER_WEIGHTS, choose_decoder_weight, weighted_decoder
-from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.guidance import Guide
-from genrecall.generator.model import Decoder, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
 from genrecall.generator.retriever import Retriever
 
 SPACE = (5, 10, 2)

@@ -18,9 +18,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, Qwen2ForCausalLM
 
-from genrecall.generator.decoding import SUPPORTS, DecodingError, PrefixMasks, beam_search, group_log_probs, sample_group
+from genrecall.generator.beam_search import _Search, beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.group_sampling import sample_group
 from genrecall.generator.guidance import Lexicon
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.prefix_masks import PrefixMasks
+from genrecall.generator.prompts import Prompts
+from genrecall.generator.support import SUPPORTS, DecodingError
 from genrecall.sid.trie import Trie
 
 CONFIG = DecoderConfig(
@@ -291,6 +297,28 @@ def test_a_beam_whose_children_are_all_barred_dies() -> None:
     nothing = PrefixMasks.from_leaves(trie, torch.zeros(1, 3, dtype=torch.bool))
     for support in SUPPORTS:
         assert beam_search(model, some_prompts(), trie, beam_size=2, support=support, allowed=nothing).sid_rows.eq(-1).all()
+
+
+@pytest.mark.parametrize("kind", ["trie", GUIDED])
+def test_prefixes_with_a_single_child_are_not_read_and_change_no_answer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, extend = decoder(kind), some_prompts(), Decoder.extend
+    sizes = model.config.alphabet_sizes
+    # (0, 0) has three children, (1, 1) two, the others one: of six beams two are read at level 3, and none where every prefix has one child.
+    several = [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [1, 0, 1], [1, 1, 0], [1, 1, 2], [2, 0, 0], [2, 1, 1]]
+    for rows, read in ((several, 2), ([row for row in several if row[2] == 0], 0)):
+        tokens = np.array(rows, dtype=np.int32)
+        trie = Trie.from_tokens(tokens, sizes)
+        if kind == GUIDED:
+            trie = trie.with_items(np.random.default_rng(0).standard_normal((len(rows), model.config.soft_prompt_dim)), np.arange(len(rows) + 1))
+        widths: list[int] = []
+        monkeypatch.setattr(Decoder, "extend", lambda self, embedded, *rest, widths=widths: widths.append(embedded.shape[1]) or extend(self, embedded, *rest))
+        found = beam_search(model, prompts, trie, beam_size=6, support="trie")
+        assert widths[1:] == ([read] if read else [])
+        monkeypatch.setattr(_Search, "_open", lambda *_: None)
+        everything = beam_search(model, prompts, trie, beam_size=6, support="trie")
+        monkeypatch.undo()
+        assert torch.equal(found.sid_rows, everything.sid_rows)
+        assert torch.allclose(found.scores, everything.scores, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from genrecall.generator import distinct_samples
-from genrecall.generator.decoding import DecodingError, group_log_probs
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.distinct_samples import conditioned, sample_distinct
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
+from genrecall.generator.support import DecodingError
 from genrecall.sid.trie import Trie
 
 SIDS = np.array([[0, 0, 1], [0, 2, 0], [0, 2, 2], [1, 1, 1], [2, 0, 0], [2, 0, 2], [2, 1, 1]], dtype=np.int32)

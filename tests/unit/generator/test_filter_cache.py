@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.decoding import PrefixMasks, _any_in_segment
 from genrecall.generator.filter_cache import FilterCache
+from genrecall.generator.prefix_masks import PrefixMasks, _any_in_segment
 from genrecall.sid.filters import Filter, FilterError, FilterPostings
 from genrecall.sid.index import SidIndex
 from genrecall.sid.trie import Trie

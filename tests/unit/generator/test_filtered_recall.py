@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from genrecall.generator import retriever as retriever_module
-from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.filter_cache import FilterCache
+from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.retriever import RecallResult, Retriever, RetrieverError
 from genrecall.sid.filters import Filter, FilterPostings
 from genrecall.sid.segments import SegmentedIndex

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from genrecall.generator.decoding import beam_search
+from genrecall.generator.beam_search import beam_search
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.guidance import Guidance, Guide, Lexicon, log_guide
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
 from genrecall.sid.trie import Trie
 
 SIZES = (4, 3, 3)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecall.generator.decoding import PrefixMasks
 from genrecall.generator.filter_cache import FilterCache
 from genrecall.generator.live_filters import LiveFilterCache
+from genrecall.generator.prefix_masks import PrefixMasks
 from genrecall.sid.filters import Filter, FilterPostings
 from genrecall.sid.index import SidIndex
 from genrecall.sid.own_records import OwnRecords

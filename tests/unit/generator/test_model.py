@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from genrecall.config import ConfigError
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.guidance import Lexicon
 from genrecall.generator.hugging_face import ModelFolderError
-from genrecall.generator.model import Decoder, DecoderConfig, PromptError, Prompts
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import PromptError, Prompts
 
 GROUPS = ((0, 1), (3, 1), (3, 2))
 CONFIG = DecoderConfig(

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.decoding import beam_search, group_log_probs, sample_group
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
-from genrecall.generator.packed_decoder import can_pack, pack
+from genrecall.generator.beam_search import beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.group_sampling import sample_group
+from genrecall.generator.log_probs import group_log_probs
+from genrecall.generator.model import Decoder
+from genrecall.generator.packed_decoder import can_pack, has_bfloat16, pack
+from genrecall.generator.prompts import Prompts
 from genrecall.sid.trie import Trie
 
 CONFIG = DecoderConfig(
@@ -89,6 +93,13 @@ def test_the_decoder_stays_trainable_and_the_copy_keeps_its_answers() -> None:
     assert not torch.allclose(beam_search(model, prompts("grouped"), trie("grouped"), beam_size=5).scores, after.scores)
 
 
+@pytest.mark.skipif(has_bfloat16(), reason="the CPU has bfloat16 products")
+def test_bfloat16_on_a_cpu_without_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="no bfloat16 products; use float32"):
+        pack(decoder("grouped"), torch.bfloat16)
+
+
+@pytest.mark.skipif(not has_bfloat16(), reason="the CPU has no bfloat16 products")
 def test_bfloat16_products_give_nearly_the_same_scores() -> None:
     model = decoder("grouped")
     exact = group_log_probs(model, prompts("grouped"), torch.tensor([[[0, 1, 2]]] * 3)).detach()

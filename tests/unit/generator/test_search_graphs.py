@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from genrecall.generator import search_graphs
-from genrecall.generator.decoding import BeamResult, PrefixMasks, beam_search
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.beam_search import BeamResult, beam_search
+from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.model import Decoder
+from genrecall.generator.prefix_masks import PrefixMasks
+from genrecall.generator.prompts import Prompts
 from genrecall.generator.search_graphs import SearchGraphs
 from genrecall.sid.trie import Trie
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from genrecall.config import to_dict
+from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.guidance import Lexicon
-from genrecall.generator.model import Decoder, DecoderConfig, Prompts
+from genrecall.generator.model import Decoder
+from genrecall.generator.prompts import Prompts
 from genrecall.rl.feedback import CLICKED, EXPOSED, Feedback
 from genrecall.rl.rollout import RolloutConfig, RolloutTask
 from genrecall.sid.trie import Trie

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genrecall.config import ConfigError, from_dict
-from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.rl.advantage import group_advantages
 from genrecall.rl.feedback import CLICKED, EXPOSED, INVALID, VALID

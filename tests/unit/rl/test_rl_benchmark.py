@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.decoding import group_log_probs
+from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.sid.trie import Trie
 

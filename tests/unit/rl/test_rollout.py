@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.decoding import group_log_probs
 from genrecall.generator.guidance import Lexicon
+from genrecall.generator.log_probs import group_log_probs
 from genrecall.rl.rollout import Rollout, RolloutActor, RolloutConfig, RolloutWorker, weights_of
 
 
