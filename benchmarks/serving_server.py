@@ -134,6 +134,7 @@ class Server:
         serve.start(http_options={"host": "127.0.0.1", "port": self.port})
         self._deploy()
         self.wait_until(lambda: len(self.pids(REPLICA)) == self._replicas)
+        self.wait_until(lambda: self.call("/v1/model")[0] == 200)  # the proxy too
         return self
 
     def _deploy(self, canary_share: float = 0.0) -> None:
