@@ -4,11 +4,11 @@ The server is the application as it is deployed, on a local Ray, without its cac
 the same bundle in this process. Both have one torch thread; they take turns, and what counts are ratios and differences within a round. Before anything
 is timed, the server's answers are compared with the engine's. Load comes from a process of its own (serving_load.py), over loopback.
 
-Tables: `latency` (one client), `throughput` (32 clients), `swap` and `upsert` (constant load while the alias moves, items come and go, a canary gets a share
-of the requests, and the alias moves back), `failures` (a replica, the proxy, the controller or the registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged:
-wholly one version's, and no delisted item.
+Tables: `latency` (one client) and `throughput` (32 clients), over Serve's default proxy, HAProxy and its gRPC proxy; `swap` and `upsert` (constant load while
+the alias moves, items come and go, a canary gets a share of the requests, and the alias moves back), `failures` (a replica, the proxy, the controller or the
+registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged: wholly one version's, and no delisted item.
 
-Run: python benchmarks/serving.py [--tables latency throughput swap failures] [--model home_depot] [--quick]
+Run: python benchmarks/serving.py [--tables latency throughput swap upsert failures] [--model genrecall-home_depot] [--quick]
      python benchmarks/serving.py --tables soak --minutes 30
 """
 
@@ -56,6 +56,7 @@ from genrecall.serving.messages import RecallRequest
 from genrecall.serving.recall_service import ServedBundle, answer_batch
 
 TABLES = ("latency", "throughput", "swap", "upsert", "failures", "soak")
+PATHS = ("default", "haproxy", "grpc")
 DEFAULT_TABLES = ("latency", "throughput", "swap", "upsert", "failures")
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 CLIENTS, BATCH, LIMIT = 32, 16, 100
@@ -93,6 +94,7 @@ class Bench:
     other: int
     served: ServedBundle
     queries: list[str]
+    grpc: bool = False
 
     @property
     def name(self) -> str:
@@ -102,14 +104,14 @@ class Bench:
         self.record(row or self.row, metric, values, threads=1, batch=batch, beam=self.beam, table=table)
 
     def server(self, folder: Path, *, replicas: int = 1) -> Server:
-        return Server(folder, self.tracking_uri, self.name, beam=self.beam, replicas=replicas)
+        return Server(folder, self.tracking_uri, self.name, beam=self.beam, replicas=replicas, grpc=self.grpc)
 
     def engine(self, queries: Sequence[str]) -> None:
         answer_batch(self.served, [RecallRequest(query=query, limit=LIMIT) for query in queries], (self.beam,) * 3)
 
     def plan(self, server: Server, queries: Sequence[str]) -> Plan:
         """A closed loop of one client, to be changed."""
-        return Plan(port=server.port, key=KEY, queries=list(queries), limit=LIMIT, clients=1)
+        return Plan(port=server.grpc_port if self.grpc else server.port, key=KEY, queries=list(queries), limit=LIMIT, clients=1, grpc=self.grpc)
 
 
 def queries_of(served: ServedBundle, count: int) -> list[str]:
@@ -522,7 +524,7 @@ def behind_haproxy(arguments: Sequence[str], tables: Sequence[str], folder: Path
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(DEFAULT_TABLES))
-    parser.add_argument("--paths", nargs="+", choices=("default", "haproxy"), default=["default", "haproxy"], help="to the replica, for latency and throughput")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="to the replica, for latency and throughput")
     parser.add_argument("--model", help="name in the registry; default: the champion that was promoted last")
     parser.add_argument("--tracking-uri", help="a sqlite registry, of which a copy is used; default: as jobs find it")
     parser.add_argument("--other", type=int, help="version to swap to; default: the newest beside the champion")
@@ -546,7 +548,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         in_haproxy = os.environ.get(HAPROXY_VARIABLE) == "1"
         if "haproxy" in options.paths and not in_haproxy and on_paths:
             records += behind_haproxy(given, on_paths, folder)
-        if "default" in options.paths or in_haproxy:
+        if {"default", "grpc"} & set(options.paths) or in_haproxy:
             needs_other = {"swap", "upsert", "soak"} & set(options.tables)
             other = (options.other or another_version(source, version)) if needs_other else version.number
             tracking_uri = copy_registry(source, folder)
@@ -555,7 +557,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             bench = Bench(
                 recorder, sizes, options.beam, "HAProxy" if in_haproxy else "default", tracking_uri, version.number, other, served, queries_of(served, count)
             )
-            _run(bench, options.tables, folder)
+            if "grpc" in options.paths and on_paths:
+                _run(replace(bench, row="gRPC", grpc=True), on_paths, folder / "gRPC")
+            if "default" in options.paths or in_haproxy:
+                _run(bench, options.tables, folder)
     records += recorder.records
     output = options.output or (None if options.quick else Path(__file__).parent / "results" / "serving.json")
     if output:

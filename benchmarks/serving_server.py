@@ -38,6 +38,7 @@ os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 
 REPLICA, PROXY, CONTROLLER, HAPROXY = "ray::ServeReplica:recall:", "ray::ProxyActor", "ray::ServeController", "haproxy"
 APPLICATION = "recall"
+SERVICER = "genrecall.serving.recall_pb2_grpc.add_RecallServiceServicer_to_server"
 FOLLOW_S = 1.0
 WAIT_S = 120.0
 
@@ -111,15 +112,17 @@ class Server:
         tracking_uri, model: the registry and the model's name in it.
         beam: the one beam, whatever the load.
         replicas: with one torch thread each.
+        grpc: whether Serve's gRPC proxy answers too.
+
+    Attributes:
+        port, grpc_port: of the proxies.
     """
 
-    def __init__(self, home: Path, tracking_uri: str, model: str, *, beam: int, replicas: int = 1) -> None:
-        self._home, self._tracking_uri, self._beam, self._replicas = home, tracking_uri, beam, replicas
+    def __init__(self, home: Path, tracking_uri: str, model: str, *, beam: int, replicas: int = 1, grpc: bool = False) -> None:
+        self._home, self._tracking_uri, self._beam, self._replicas, self._grpc = home, tracking_uri, beam, replicas, grpc
         self.model = model
         self.registry = MlflowClient(tracking_uri, registry_uri=tracking_uri)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port, self.grpc_port = _free_ports(2)
         self.log_folder = home / "catalogue"
 
     def __enter__(self) -> Server:
@@ -131,7 +134,8 @@ class Server:
         (self._home / "keys").write_text(KEY)
         (self._home / "admins").write_text(ADMIN_KEY)
         ensure_ray(num_cpus=2)
-        serve.start(http_options={"host": "127.0.0.1", "port": self.port})
+        grpc_options = {"port": self.grpc_port, "grpc_servicer_functions": [SERVICER], "enable_reflection": False} if self._grpc else None
+        serve.start(http_options={"host": "127.0.0.1", "port": self.port}, grpc_options=grpc_options)
         self._deploy()
         self.wait_until(lambda: len(self.pids(REPLICA)) == self._replicas)
         self.wait_until(lambda: self.call("/v1/model")[0] == 200)  # the proxy too
@@ -257,6 +261,15 @@ class Server:
                 raise RuntimeError(f"not within {wait_s:.0f} s")
             time.sleep(every_s)
         return time.monotonic() - started
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def cpu_by_process(pids: Sequence[int]) -> float:
