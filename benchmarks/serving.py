@@ -170,23 +170,24 @@ def answered(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def latency(bench: Bench, server: Server) -> None:
-    """One client, closed loop, against the bare engine."""
+    """One client, closed loop, against the bare engine. Medians, and 10th percentiles: what a request takes that other processes on the cores do not hold up."""
     sizes = bench.sizes
     known = known_version(bench.served, bench.queries[:8], bench.beam)
     require_equal(server, known, bench.queries[:8])
-    added, engine_ms, http_ms = [], [], []
+    figures: dict[str, list[float]] = {}
     for number in range(sizes.rounds + 1):
         queries = _part(bench.queries, number, sizes.requests)
         engine = [1e3 * seconds(functools.partial(bench.engine, [query])) for query in queries]
         with load(replace(bench.plan(server, queries), requests=len(queries))) as running:
             outcomes = answered(running.finish(at_once=False))
         if number:  # the first round warms up
-            engine_ms.append(statistics.median(engine))
-            http_ms.append(1e3 * statistics.median(one.done - one.sent for one in outcomes))
-            added.append(http_ms[-1] - engine_ms[-1])
-    bench.figure("latency", "engine_p50_ms", engine_ms)
-    bench.figure("latency", "http_p50_ms", http_ms)
-    bench.figure("latency", "http_added_p50_ms", added)
+            http = [1e3 * (one.done - one.sent) for one in outcomes]
+            for name, share in (("p50", 0.5), ("p10", 0.1)):
+                of_engine, of_http = percentile(engine, share), percentile(http, share)
+                for metric, value in ((f"engine_{name}_ms", of_engine), (f"http_{name}_ms", of_http), (f"http_added_{name}_ms", of_http - of_engine)):
+                    figures.setdefault(metric, []).append(value)
+    for metric, values in figures.items():
+        bench.figure("latency", metric, values)
 
 
 def throughput(bench: Bench, server: Server) -> None:
