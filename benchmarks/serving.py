@@ -510,16 +510,20 @@ def another_version(tracking_uri: str, version: Version) -> int:
     return max(found)
 
 
-def behind_haproxy(arguments: Sequence[str], tables: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """The records of the same tables behind Ray Serve's HAProxy, measured in a process whose Ray is started for it; a row with the reason where that cannot be."""
+def behind_haproxy(arguments: Sequence[str], tables: Sequence[str], folder: Path, common: dict[str, str]) -> list[dict[str, Any]]:
+    """The records of the same tables behind Ray Serve's HAProxy, measured in a process whose Ray is started for it; a row with the reason where that cannot be.
+
+    Args:
+        common: what every record of this run says; the command among it is the one that a reader gives.
+    """
     output = folder / "haproxy.json"
     command = [sys.executable, __file__, *arguments, "--paths", "haproxy", "--tables", *tables, "--output", str(output)]
     done = subprocess.run(command, env=os.environ | {HAPROXY_VARIABLE: "1", "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0"}, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
-        return list(json.loads(output.read_text()))
+        return [record | {"command": common["command"]} for record in json.loads(output.read_text())]
     print(done.stderr, file=sys.stderr)
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-    return [{"table": table, "row": "HAProxy", "metric": "unavailable", "value": 1.0, "low": 1.0, "high": 1.0, "reason": reason} for table in tables]
+    return [{"table": table, "row": "HAProxy", "metric": "unavailable", "value": 1.0, "low": 1.0, "high": 1.0, "reason": reason, **common} for table in tables]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -548,7 +552,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         on_paths = [table for table in options.tables if table in ("latency", "throughput")]
         in_haproxy = os.environ.get(HAPROXY_VARIABLE) == "1"
         if "haproxy" in options.paths and not in_haproxy and on_paths:
-            records += behind_haproxy(given, on_paths, folder)
+            records += behind_haproxy(given, on_paths, folder, recorder.common)
         if {"default", "grpc"} & set(options.paths) or in_haproxy:
             needs_other = {"swap", "upsert", "soak"} & set(options.tables)
             other = (options.other or another_version(source, version)) if needs_other else version.number
