@@ -40,7 +40,7 @@ REPLICA, PROXY, CONTROLLER, HAPROXY = "ray::ServeReplica:recall:", "ray::ProxyAc
 APPLICATION = "recall"
 SERVICER = "genrecall.serving.recall_pb2_grpc.add_RecallServiceServicer_to_server"
 FOLLOW_S = 1.0
-WAIT_S = 120.0
+WAIT_S = 600.0
 
 
 def copy_registry(tracking_uri: str, folder: Path) -> str:
