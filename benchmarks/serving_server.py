@@ -137,6 +137,7 @@ class Server:
         grpc_options = {"port": self.grpc_port, "grpc_servicer_functions": [SERVICER], "enable_reflection": False} if self._grpc else None
         serve.start(http_options={"host": "127.0.0.1", "port": self.port}, grpc_options=grpc_options)
         self._deploy()
+        self.wait_until(self._runs)
         self.wait_until(lambda: len(self.pids(REPLICA)) == self._replicas)
         self.wait_until(lambda: self.call("/v1/model")[0] == 200)  # the proxy too
         return self
@@ -169,7 +170,20 @@ class Server:
             "args": arguments,
             "deployments": [deployment],
         }
-        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=False)  # blocking, it waits for a minute at most
+
+    def _runs(self) -> bool:
+        """Whether Serve says that the application runs.
+
+        Raises:
+            RuntimeError: it cannot be deployed.
+        """
+        from ray import serve
+
+        found = serve.status().applications.get(APPLICATION)
+        if found is not None and found.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"the application cannot be deployed: {found.message}")
+        return found is not None and found.status == "RUNNING"
 
     def canary(self, share: float) -> None:
         """Give the challenger a share of the requests; returns once it is taken."""
