@@ -61,14 +61,12 @@ DEFAULT_TABLES = ("latency", "throughput", "swap", "upsert", "failures")
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 CLIENTS, BATCH, LIMIT = 32, 16, 100
 CANARY_SHARE = 0.5
-LOAD_SHARE = 0.4
-"""Of the capacity, in the tables with a constant load."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much is measured. requests: of a round's one client, and of its engine. seconds: of a round at 32 clients, and of each window under constant load.
-    queries: distinct ones of the load whose answers are known. rounds: repeats.
+    queries: distinct ones of the load whose answers are known. rounds: repeats. load_share: a constant load's, of the capacity of 32 clients.
     """
 
     requests: int = 60
@@ -76,6 +74,7 @@ class Sizes:
     queries: int = 100
     rounds: int = 5
     minutes: float = 30.0
+    load_share: float = 0.4
 
 
 QUICK = Sizes(requests=3, seconds=0.6, queries=6, rounds=1, minutes=0.05)
@@ -267,7 +266,7 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
     changes: list[ItemChange] = []
     live_s: dict[str, list[float]] = {}
     visible_s: list[float] = []
-    with load(replace(bench.plan(server, queries), clients=None, rate=LOAD_SHARE * capacity, keep_every=1)) as running:
+    with load(replace(bench.plan(server, queries), clients=None, rate=sizes.load_share * capacity, keep_every=1)) as running:
         time.sleep(sizes.seconds / 5)
 
         def window(row: str, steps: Iterator[None] | None = None) -> None:
@@ -423,7 +422,7 @@ def _replaced(server: Server, killed: int) -> bool:
 def _fail(bench: Bench, server: Server, row: str, retries: int | None, capacity: float, fault: Any, whole: Any) -> None:
     """A fault under constant load: what the clients saw, and how long until everything was there again."""
     sizes = bench.sizes
-    plan = replace(bench.plan(server, bench.queries), clients=None, rate=LOAD_SHARE * capacity, retries=retries)
+    plan = replace(bench.plan(server, bench.queries), clients=None, rate=sizes.load_share * capacity, retries=retries)
     with load(plan) as running:
         time.sleep(sizes.seconds / 2)
         began = time.monotonic()
@@ -454,7 +453,7 @@ def soak(bench: Bench, folder: Path) -> None:
         (replica,) = server.pids(REPLICA)
         process, samples, changes = psutil.Process(replica), [], []
         swaps, step, target = 0, 0, bench.number
-        plan = replace(bench.plan(server, queries), clients=None, rate=LOAD_SHARE * capacity * 0.75, keep_every=10, batch_every=50)
+        plan = replace(bench.plan(server, queries), clients=None, rate=0.75 * sizes.load_share * capacity, keep_every=10, batch_every=50)
         with load(plan) as running:
             began = time.monotonic()
             while (gone := time.monotonic() - began) < whole_s:
@@ -535,12 +534,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--other", type=int, help="version to swap to; default: the newest beside the champion")
     parser.add_argument("--beam", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=Sizes.rounds)
+    parser.add_argument(
+        "--load-share", type=float, default=Sizes.load_share, help="constant load over capacity; less where other processes take the cores now and then"
+    )
     parser.add_argument("--minutes", type=float, default=Sizes.minutes, help="of soak")
     parser.add_argument("--quick", action="store_true", help="for correctness only; writes no file unless --output is given")
     parser.add_argument("--output", type=Path)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    sizes = QUICK if options.quick else replace(Sizes(), rounds=options.repeats, minutes=options.minutes)
+    sizes = QUICK if options.quick else replace(Sizes(), rounds=options.repeats, minutes=options.minutes, load_share=options.load_share)
     recorder = Recorder("latency", ["benchmarks/serving.py", *given], "ray", "mlflow")
     print(f"{recorder.common['machine']}, one torch thread on each side")
     torch.set_num_threads(1)
