@@ -92,7 +92,7 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
     mlflow.log_metrics(dict(metrics), model_id=info.model_id)
     number = str(info.registered_model_version)
     client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)
-    client.set_model_version_tag(model_name, number, CATALOG_SEQ_TAG, str(bundle.json("bundle.json")["catalog_seq"]))
+    client.set_model_version_tag(model_name, number, CATALOG_SEQ_TAG, str(bundle.json("bundle.json").get("catalog_seq", 0)))
     client.set_registered_model_alias(model_name, CHALLENGER, number)
     return resolve(f"models:/{model_name}/{number}", client)
 
