@@ -4,11 +4,11 @@ The server is the application as it is deployed, on a local Ray, without its cac
 the same bundle in this process. Both have one torch thread; they take turns, and what counts are ratios and differences within a round. Before anything
 is timed, the server's answers are compared with the engine's. Load comes from a process of its own (serving_load.py), over loopback.
 
-Tables: `latency` (one client), `throughput` (32 clients), `swap` and `upsert` (constant load while the alias moves, items come and go, a canary gets a share
-of the requests, and the alias moves back), `failures` (a replica, the proxy, the controller or the registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged:
-wholly one version's, and no delisted item.
+Tables: `latency` (one client) and `throughput` (32 clients), over Serve's default proxy, HAProxy and its gRPC proxy; `swap` and `upsert` (constant load while
+the alias moves, items come and go, a canary gets a share of the requests, and the alias moves back), `failures` (a replica, the proxy, the controller or the
+registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged: wholly one version's, and no delisted item.
 
-Run: python benchmarks/serving.py [--tables latency throughput swap failures] [--model home_depot] [--quick]
+Run: python benchmarks/serving.py [--tables latency throughput swap upsert failures] [--model genrecall-home_depot] [--quick]
      python benchmarks/serving.py --tables soak --minutes 30
 """
 
@@ -56,18 +56,17 @@ from genrecall.serving.messages import RecallRequest
 from genrecall.serving.recall_service import ServedBundle, answer_batch
 
 TABLES = ("latency", "throughput", "swap", "upsert", "failures", "soak")
+PATHS = ("default", "haproxy", "grpc")
 DEFAULT_TABLES = ("latency", "throughput", "swap", "upsert", "failures")
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
 CLIENTS, BATCH, LIMIT = 32, 16, 100
 CANARY_SHARE = 0.5
-LOAD_SHARE = 0.4
-"""Of the capacity, in the tables with a constant load."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """How much is measured. requests: of a round's one client, and of its engine. seconds: of a round at 32 clients, and of each window under constant load.
-    queries: distinct ones of the load whose answers are known. rounds: repeats.
+    queries: distinct ones of the load whose answers are known. rounds: repeats. load_share: a constant load's, of the capacity of 32 clients.
     """
 
     requests: int = 60
@@ -75,6 +74,7 @@ class Sizes:
     queries: int = 100
     rounds: int = 5
     minutes: float = 30.0
+    load_share: float = 0.4
 
 
 QUICK = Sizes(requests=3, seconds=0.6, queries=6, rounds=1, minutes=0.05)
@@ -93,6 +93,7 @@ class Bench:
     other: int
     served: ServedBundle
     queries: list[str]
+    grpc: bool = False
 
     @property
     def name(self) -> str:
@@ -102,14 +103,14 @@ class Bench:
         self.record(row or self.row, metric, values, threads=1, batch=batch, beam=self.beam, table=table)
 
     def server(self, folder: Path, *, replicas: int = 1) -> Server:
-        return Server(folder, self.tracking_uri, self.name, beam=self.beam, replicas=replicas)
+        return Server(folder, self.tracking_uri, self.name, beam=self.beam, replicas=replicas, grpc=self.grpc)
 
     def engine(self, queries: Sequence[str]) -> None:
         answer_batch(self.served, [RecallRequest(query=query, limit=LIMIT) for query in queries], (self.beam,) * 3)
 
     def plan(self, server: Server, queries: Sequence[str]) -> Plan:
         """A closed loop of one client, to be changed."""
-        return Plan(port=server.port, key=KEY, queries=list(queries), limit=LIMIT, clients=1)
+        return Plan(port=server.grpc_port if self.grpc else server.port, key=KEY, queries=list(queries), limit=LIMIT, clients=1, grpc=self.grpc)
 
 
 def queries_of(served: ServedBundle, count: int) -> list[str]:
@@ -168,23 +169,24 @@ def answered(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def latency(bench: Bench, server: Server) -> None:
-    """One client, closed loop, against the bare engine."""
+    """One client, closed loop, against the bare engine. Medians, and 10th percentiles: what a request takes that other processes on the cores do not hold up."""
     sizes = bench.sizes
     known = known_version(bench.served, bench.queries[:8], bench.beam)
     require_equal(server, known, bench.queries[:8])
-    added, engine_ms, http_ms = [], [], []
+    figures: dict[str, list[float]] = {}
     for number in range(sizes.rounds + 1):
         queries = _part(bench.queries, number, sizes.requests)
         engine = [1e3 * seconds(functools.partial(bench.engine, [query])) for query in queries]
         with load(replace(bench.plan(server, queries), requests=len(queries))) as running:
             outcomes = answered(running.finish(at_once=False))
         if number:  # the first round warms up
-            engine_ms.append(statistics.median(engine))
-            http_ms.append(1e3 * statistics.median(one.done - one.sent for one in outcomes))
-            added.append(http_ms[-1] - engine_ms[-1])
-    bench.figure("latency", "engine_p50_ms", engine_ms)
-    bench.figure("latency", "http_p50_ms", http_ms)
-    bench.figure("latency", "http_added_p50_ms", added)
+            http = [1e3 * (one.done - one.sent) for one in outcomes]
+            for name, share in (("p50", 0.5), ("p10", 0.1)):
+                of_engine, of_http = percentile(engine, share), percentile(http, share)
+                for metric, value in ((f"engine_{name}_ms", of_engine), (f"http_{name}_ms", of_http), (f"http_added_{name}_ms", of_http - of_engine)):
+                    figures.setdefault(metric, []).append(value)
+    for metric, values in figures.items():
+        bench.figure("latency", metric, values)
 
 
 def throughput(bench: Bench, server: Server) -> None:
@@ -264,7 +266,7 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
     changes: list[ItemChange] = []
     live_s: dict[str, list[float]] = {}
     visible_s: list[float] = []
-    with load(replace(bench.plan(server, queries), clients=None, rate=LOAD_SHARE * capacity, keep_every=1)) as running:
+    with load(replace(bench.plan(server, queries), clients=None, rate=sizes.load_share * capacity, keep_every=1)) as running:
         time.sleep(sizes.seconds / 5)
 
         def window(row: str, steps: Iterator[None] | None = None) -> None:
@@ -420,7 +422,7 @@ def _replaced(server: Server, killed: int) -> bool:
 def _fail(bench: Bench, server: Server, row: str, retries: int | None, capacity: float, fault: Any, whole: Any) -> None:
     """A fault under constant load: what the clients saw, and how long until everything was there again."""
     sizes = bench.sizes
-    plan = replace(bench.plan(server, bench.queries), clients=None, rate=LOAD_SHARE * capacity, retries=retries)
+    plan = replace(bench.plan(server, bench.queries), clients=None, rate=sizes.load_share * capacity, retries=retries)
     with load(plan) as running:
         time.sleep(sizes.seconds / 2)
         began = time.monotonic()
@@ -451,7 +453,7 @@ def soak(bench: Bench, folder: Path) -> None:
         (replica,) = server.pids(REPLICA)
         process, samples, changes = psutil.Process(replica), [], []
         swaps, step, target = 0, 0, bench.number
-        plan = replace(bench.plan(server, queries), clients=None, rate=LOAD_SHARE * capacity * 0.75, keep_every=10, batch_every=50)
+        plan = replace(bench.plan(server, queries), clients=None, rate=0.75 * sizes.load_share * capacity, keep_every=10, batch_every=50)
         with load(plan) as running:
             began = time.monotonic()
             while (gone := time.monotonic() - began) < whole_s:
@@ -507,33 +509,40 @@ def another_version(tracking_uri: str, version: Version) -> int:
     return max(found)
 
 
-def behind_haproxy(arguments: Sequence[str], tables: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """The records of the same tables behind Ray Serve's HAProxy, measured in a process whose Ray is started for it; a row with the reason where that cannot be."""
+def behind_haproxy(arguments: Sequence[str], tables: Sequence[str], folder: Path, common: dict[str, str]) -> list[dict[str, Any]]:
+    """The records of the same tables behind Ray Serve's HAProxy, measured in a process whose Ray is started for it; a row with the reason where that cannot be.
+
+    Args:
+        common: what every record of this run says; the command among it is the one that a reader gives.
+    """
     output = folder / "haproxy.json"
     command = [sys.executable, __file__, *arguments, "--paths", "haproxy", "--tables", *tables, "--output", str(output)]
     done = subprocess.run(command, env=os.environ | {HAPROXY_VARIABLE: "1", "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0"}, stderr=subprocess.PIPE, text=True)
     if done.returncode == 0:
-        return list(json.loads(output.read_text()))
+        return [record | {"command": common["command"]} for record in json.loads(output.read_text())]
     print(done.stderr, file=sys.stderr)
     reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-    return [{"table": table, "row": "HAProxy", "metric": "unavailable", "value": 1.0, "low": 1.0, "high": 1.0, "reason": reason} for table in tables]
+    return [{"table": table, "row": "HAProxy", "metric": "unavailable", "value": 1.0, "low": 1.0, "high": 1.0, "reason": reason, **common} for table in tables]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(DEFAULT_TABLES))
-    parser.add_argument("--paths", nargs="+", choices=("default", "haproxy"), default=["default", "haproxy"], help="to the replica, for latency and throughput")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS), help="to the replica, for latency and throughput")
     parser.add_argument("--model", help="name in the registry; default: the champion that was promoted last")
     parser.add_argument("--tracking-uri", help="a sqlite registry, of which a copy is used; default: as jobs find it")
     parser.add_argument("--other", type=int, help="version to swap to; default: the newest beside the champion")
     parser.add_argument("--beam", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=Sizes.rounds)
+    parser.add_argument(
+        "--load-share", type=float, default=Sizes.load_share, help="constant load over capacity; less where other processes take the cores now and then"
+    )
     parser.add_argument("--minutes", type=float, default=Sizes.minutes, help="of soak")
     parser.add_argument("--quick", action="store_true", help="for correctness only; writes no file unless --output is given")
     parser.add_argument("--output", type=Path)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    sizes = QUICK if options.quick else replace(Sizes(), rounds=options.repeats, minutes=options.minutes)
+    sizes = QUICK if options.quick else replace(Sizes(), rounds=options.repeats, minutes=options.minutes, load_share=options.load_share)
     recorder = Recorder("latency", ["benchmarks/serving.py", *given], "ray", "mlflow")
     print(f"{recorder.common['machine']}, one torch thread on each side")
     torch.set_num_threads(1)
@@ -545,8 +554,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         on_paths = [table for table in options.tables if table in ("latency", "throughput")]
         in_haproxy = os.environ.get(HAPROXY_VARIABLE) == "1"
         if "haproxy" in options.paths and not in_haproxy and on_paths:
-            records += behind_haproxy(given, on_paths, folder)
-        if "default" in options.paths or in_haproxy:
+            records += behind_haproxy(given, on_paths, folder, recorder.common)
+        if {"default", "grpc"} & set(options.paths) or in_haproxy:
             needs_other = {"swap", "upsert", "soak"} & set(options.tables)
             other = (options.other or another_version(source, version)) if needs_other else version.number
             tracking_uri = copy_registry(source, folder)
@@ -555,7 +564,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
             bench = Bench(
                 recorder, sizes, options.beam, "HAProxy" if in_haproxy else "default", tracking_uri, version.number, other, served, queries_of(served, count)
             )
-            _run(bench, options.tables, folder)
+            if "grpc" in options.paths and on_paths:
+                _run(replace(bench, row="gRPC", grpc=True), on_paths, folder / "gRPC")
+            if "default" in options.paths or in_haproxy:
+                _run(bench, options.tables, folder)
     records += recorder.records
     output = options.output or (None if options.quick else Path(__file__).parent / "results" / "serving.json")
     if output:

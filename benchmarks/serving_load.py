@@ -2,8 +2,8 @@
 
 The plan is one line of JSON; the end of standard input ends the run, so that the generator never outlives whoever started it. A closed loop has `clients` that
 each ask again once answered; an open loop asks at a fixed rate, whatever the answers do, and an answer's time counts from when its request was due. Either keeps
-to `MAX_CONNECTIONS`. Plain sockets, and nothing but the standard library unless the plan asks for the recall client's retries: on two cores the generator takes
-from the server what it uses itself.
+to `MAX_CONNECTIONS`. Plain sockets, and nothing but the standard library unless the plan asks for gRPC or for the recall client's retries: on two cores the
+generator takes from the server what it uses itself.
 
 Answers go to standard output as one JSON object: `outcomes` is a list of `Outcome` as dicts, `cpu_s` the processor time that the run took here.
 Times are `time.monotonic()`, which all processes of a machine share.
@@ -42,6 +42,7 @@ class Plan:
         seconds, requests: the run ends after either, or at the end of standard input.
         keep_every: every so many answers are kept in short form; 0: none.
         batch_every: every so many requests are a batch of 8; 0: none.
+        grpc: `port` is that of Serve's gRPC proxy; recalls alone, in a closed loop.
         retries: asks through the recall client, with so many retries; None: through plain sockets, and once.
     """
 
@@ -55,9 +56,12 @@ class Plan:
     requests: int | None = None
     keep_every: int = 0
     batch_every: int = 0
+    grpc: bool = False
     retries: int | None = None
 
     def __post_init__(self) -> None:
+        if self.grpc and (self.rate is not None or self.batch_every or self.retries is not None):
+            raise ValueError("grpc: expected a closed loop of single requests without retries")
         if (self.clients is None) == (self.rate is None):
             raise ValueError("expected either clients (closed loop) or a rate (open loop)")
         if not self.queries or not 0 < (self.clients or 1) <= MAX_CONNECTIONS or not 0 < (self.rate or 1.0) <= MAX_RATE:
@@ -142,10 +146,47 @@ class Connection:
             self.close()
         return int(lines[0].split(" ")[1]), answer
 
+    def read(self, answer: bytes) -> dict[str, Any]:
+        """The answer as a dict."""
+        return dict(json.loads(answer))
+
     def close(self) -> None:
         if self._streams is not None:
             self._streams[1].close()
             self._streams = None
+
+
+class GrpcConnection:
+    """A channel to Serve's gRPC proxy, with the calls of `Connection`."""
+
+    def __init__(self, port: int, key: str) -> None:
+        import grpc
+
+        from genrecall.serving import recall_pb2
+        from genrecall.serving.recall_pb2_grpc import RecallServiceStub
+
+        self._grpc, self._messages = grpc, recall_pb2
+        self._metadata = [("x-api-key", key)]
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.use_local_subchannel_pool", 1)])
+        self._stub = RecallServiceStub(self._channel)
+
+    async def ask(self, path: str, body: bytes) -> tuple[int, bytes]:
+        """As `Connection.ask`; any status but OK is `FAILED`."""
+        assert path == "/v1/recall"
+        try:
+            answer = await self._stub.Recall(self._messages.RecallRequest(**json.loads(body)), metadata=self._metadata, timeout=ATTEMPT_S)
+        except self._grpc.RpcError:
+            return FAILED, b""
+        return 200, answer.SerializeToString()
+
+    def read(self, answer: bytes) -> dict[str, Any]:
+        from genrecall.serving.grpc_messages import from_protobuf
+        from genrecall.serving.messages import RecallResponse
+
+        return from_protobuf(self._messages.RecallResponse.FromString(answer), RecallResponse).model_dump()
+
+    def close(self) -> None:
+        self._closing = asyncio.ensure_future(self._channel.close())
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
@@ -156,12 +197,12 @@ async def _chunks(reader: asyncio.StreamReader) -> bytes:
     return b"".join(parts)
 
 
-async def _ask_once(asked: Asked, connection: Connection, due: float | None) -> None:
+async def _ask_once(asked: Asked, connection: Connection | GrpcConnection, due: float | None) -> None:
     number, query, path, body = asked.next_request()
     sent = time.monotonic()
     status, answer = await connection.ask(path, body)
     done = time.monotonic()
-    kept = short_form(json.loads(answer)) if status == 200 and path == "/v1/recall" and asked.keeps(number) else None
+    kept = short_form(connection.read(answer)) if status == 200 and path == "/v1/recall" and asked.keeps(number) else None
     asked.outcomes.append(Outcome(due=sent if due is None else due, sent=sent, done=done, status=status, query=query, kept=kept))
 
 
@@ -178,7 +219,7 @@ async def run(plan: Plan, ended: asyncio.Event) -> list[Outcome]:
         left = itertools.count() if plan.requests is None else iter(range(plan.requests))
 
         async def client() -> None:
-            connection = Connection(plan.port, plan.key)
+            connection = (GrpcConnection if plan.grpc else Connection)(plan.port, plan.key)
             while not over() and next(left, None) is not None:
                 await _ask_once(asked, connection, None)
             connection.close()

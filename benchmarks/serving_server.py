@@ -38,8 +38,9 @@ os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 
 REPLICA, PROXY, CONTROLLER, HAPROXY = "ray::ServeReplica:recall:", "ray::ProxyActor", "ray::ServeController", "haproxy"
 APPLICATION = "recall"
+SERVICER = "genrecall.serving.recall_pb2_grpc.add_RecallServiceServicer_to_server"
 FOLLOW_S = 1.0
-WAIT_S = 120.0
+WAIT_S = 600.0
 
 
 def copy_registry(tracking_uri: str, folder: Path) -> str:
@@ -111,15 +112,17 @@ class Server:
         tracking_uri, model: the registry and the model's name in it.
         beam: the one beam, whatever the load.
         replicas: with one torch thread each.
+        grpc: whether Serve's gRPC proxy answers too.
+
+    Attributes:
+        port, grpc_port: of the proxies.
     """
 
-    def __init__(self, home: Path, tracking_uri: str, model: str, *, beam: int, replicas: int = 1) -> None:
-        self._home, self._tracking_uri, self._beam, self._replicas = home, tracking_uri, beam, replicas
+    def __init__(self, home: Path, tracking_uri: str, model: str, *, beam: int, replicas: int = 1, grpc: bool = False) -> None:
+        self._home, self._tracking_uri, self._beam, self._replicas, self._grpc = home, tracking_uri, beam, replicas, grpc
         self.model = model
         self.registry = MlflowClient(tracking_uri, registry_uri=tracking_uri)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port, self.grpc_port = _free_ports(2)
         self.log_folder = home / "catalogue"
 
     def __enter__(self) -> Server:
@@ -131,9 +134,12 @@ class Server:
         (self._home / "keys").write_text(KEY)
         (self._home / "admins").write_text(ADMIN_KEY)
         ensure_ray(num_cpus=2)
-        serve.start(http_options={"host": "127.0.0.1", "port": self.port})
+        grpc_options = {"port": self.grpc_port, "grpc_servicer_functions": [SERVICER], "enable_reflection": False} if self._grpc else None
+        serve.start(http_options={"host": "127.0.0.1", "port": self.port}, grpc_options=grpc_options)
         self._deploy()
+        self.wait_until(self._runs)
         self.wait_until(lambda: len(self.pids(REPLICA)) == self._replicas)
+        self.wait_until(lambda: self.call("/v1/model")[0] == 200)  # the proxy too
         return self
 
     def _deploy(self, canary_share: float = 0.0) -> None:
@@ -164,7 +170,20 @@ class Server:
             "args": arguments,
             "deployments": [deployment],
         }
-        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=False)  # blocking, it waits for a minute at most
+
+    def _runs(self) -> bool:
+        """Whether Serve says that the application runs.
+
+        Raises:
+            RuntimeError: it cannot be deployed.
+        """
+        from ray import serve
+
+        found = serve.status().applications.get(APPLICATION)
+        if found is not None and found.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"the application cannot be deployed: {found.message}")
+        return found is not None and found.status == "RUNNING"
 
     def canary(self, share: float) -> None:
         """Give the challenger a share of the requests; returns once it is taken."""
@@ -203,7 +222,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data=data, headers={"Content-Type": "application/json", "X-API-Key": key})
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
+            with urllib.request.urlopen(request, timeout=30) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, None
@@ -256,6 +275,15 @@ class Server:
                 raise RuntimeError(f"not within {wait_s:.0f} s")
             time.sleep(every_s)
         return time.monotonic() - started
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def cpu_by_process(pids: Sequence[int]) -> float:

@@ -4,13 +4,14 @@
     python jobs/compact_catalogue.py --recipe home_depot --covered 41200
 
 --covered drops all changes up to that number. Give the `catalog_seq` of the oldest version that may ever be served again: one whose bundle covers less is
-refused from then on, because it would bring delisted items back.
+refused from then on, because it would bring delisted items back. More than the champion, the one before it and the challenger hold is refused here.
 """
 
 import sys
 
 from genrecall.pipeline import command_line
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, log_folder
+from genrecall.registry.promotion import least_covered
 
 
 def main() -> None:
@@ -22,8 +23,14 @@ def main() -> None:
             "--catalogue-folder": {"help": "folder of the catalogue logs (default: GENRECALL_HOME/catalogue)"},
         },
     )
+    name = pipeline.recipe.registered_name
     try:
-        log = CatalogueLog(log_folder(arguments.catalogue_folder or f"{pipeline.where.home}/catalogue", pipeline.recipe.registered_name))
+        least = least_covered(name)
+        if least is not None and arguments.covered > least[0]:
+            raise CatalogueLogError(
+                f"--covered {arguments.covered}: version {least[1]} of {name} holds the changes up to {least[0]} only and could not be served"
+            )
+        log = CatalogueLog(log_folder(arguments.catalogue_folder or f"{pipeline.where.home}/catalogue", name))
         done = log.compact(arguments.covered, wait_s=60)
     except CatalogueLogError as error:
         print(error, file=sys.stderr)

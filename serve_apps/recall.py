@@ -6,7 +6,8 @@ No `from __future__ import annotations` here: Ray Serve reads the annotation of 
 from ray.serve import Application
 
 from genrecall.config import places
-from genrecall.serving.deployments import RecallDeployment, RecallSettings
+from genrecall.serving.deployments import RecallDeployment
+from genrecall.serving.recall_settings import RecallSettings
 
 
 def app(args: RecallSettings) -> Application:

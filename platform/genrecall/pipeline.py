@@ -34,6 +34,7 @@ from genrecall.quantization.cq_sid import train_quantizer
 from genrecall.ranking.ranker import train_ranker
 from genrecall.recipes import MAIN_VARIANT, RECIPES, Recipe
 from genrecall.registry.bundle import build_bundle
+from genrecall.registry.catalogue_log import CatalogueLog, log_folder
 from genrecall.registry.promotion import promote, register
 from genrecall.registry.versions import Version
 from genrecall.rl.eg_grpo import align_generator
@@ -137,8 +138,10 @@ class Pipeline:
         config = self.recipe.bundle
         inputs = {name: self.existing(name) for name in ("dataset", "encoder", "evaluation")}
         inputs |= {name: self.existing(f"{MAIN_VARIANT}/{name}") for name in ("quantizer", "sid_index", "generator")}
-        aligned = self._existing_aligned()
-        return self._stage("bundle", config, lambda run: build_bundle(config, **inputs, aligned=aligned, uri=self.uri("bundle"), force=self.force))
+        aligned, log = self._existing_aligned(), self._catalogue_log()
+        if config.catalog_seq and log is None:
+            logger.warning("bundle.catalog_seq=%d is not checked: no catalogue log under %s/catalogue", config.catalog_seq, self.where.home)
+        return self._stage("bundle", config, lambda run: build_bundle(config, **inputs, aligned=aligned, uri=self.uri("bundle"), log=log, force=self.force))
 
     def run_all(self) -> dict[str, Artifact]:
         """Every stage in order, the variants side by side as far as the cluster has room; returns the artifacts by name."""
@@ -171,6 +174,13 @@ class Pipeline:
                 ray.shutdown()
                 raise
         return made
+
+    def _catalogue_log(self) -> CatalogueLog | None:
+        """The log of the model that the line registers, where there is one on this machine's file system."""
+        if "://" in self.where.home:
+            return None
+        log = CatalogueLog(log_folder(f"{self.where.home}/catalogue", self.recipe.registered_name))
+        return log if log.folder.is_dir() else None
 
     def _existing_aligned(self) -> Artifact | None:
         return self.existing("aligned") if self.recipe.align is not None else None

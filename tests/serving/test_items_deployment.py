@@ -38,7 +38,8 @@ class Server:
     def start(self) -> None:
         from ray import serve
 
-        from genrecall.serving.deployments import RecallDeployment, RecallSettings
+        from genrecall.serving.deployments import RecallDeployment
+        from genrecall.serving.recall_settings import RecallSettings
 
         settings = RecallSettings(model="models:/shop@champion", follow_s=0.5, beam_sizes=(20, 20, 20), admin_keys_file=str(self.home / "admins"))
         replicas = RecallDeployment.options(num_replicas=2, ray_actor_options={"num_cpus": 0.25})

@@ -290,9 +290,9 @@ def test_the_replica_knows_that_grpc_listens(server):
     """Ray has no public way to ask; if a new Ray moves it, this says so before a server without keys listens openly."""
     import ray
 
-    from genrecall.serving.deployments import _grpc_listens
+    from genrecall.serving.open_ports import grpc_listens
 
-    assert ray.get(ray.remote(num_cpus=0)(_grpc_listens).remote()) is True
+    assert ray.get(ray.remote(num_cpus=0)(grpc_listens).remote()) is True
 
 
 def test_the_page_is_served(server):
@@ -305,9 +305,9 @@ def test_the_replica_knows_what_host_the_proxy_binds(server):
     """Ray has no public way to ask; if a new Ray moves it, this says so before a server listens openly."""
     import ray
 
-    from genrecall.serving.deployments import _http_binding
+    from genrecall.serving.open_ports import http_binding
 
-    host, behind_haproxy = ray.get(ray.remote(num_cpus=0)(_http_binding).remote())
+    host, behind_haproxy = ray.get(ray.remote(num_cpus=0)(http_binding).remote())
     assert (host, behind_haproxy) == ("127.0.0.1", False)
 
 

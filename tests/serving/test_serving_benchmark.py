@@ -47,11 +47,12 @@ def test_quick_mode_measures_the_tables_of_one_replica(benchmark, ray_cluster, r
     output = tmp_path / "serving.json"
     other = {"table": "fuzz", "row": "all", "metric": "fuzz_requests", "value": 1.0}
     output.write_text(json.dumps([other, {"table": "swap", "row": "old", "metric": "requests", "value": 1.0}]))
-    arguments = ["--quick", "--paths", "default", "--model", "shop", "--tracking-uri", registry.tracking_uri, "--beam", "5", "--output", str(output)]
+    arguments = ["--quick", "--paths", "default", "grpc", "--model", "shop", "--tracking-uri", registry.tracking_uri, "--beam", "5", "--output", str(output)]
     records = benchmark.main([*arguments, "--tables", "latency", "throughput", "swap", "upsert", "soak"])
     assert json.loads(output.read_text()) == [other, *records]
     figures = {(one["table"], one["row"], one["metric"]): one["value"] for one in records}
     assert figures["latency", "default", "http_added_p50_ms"] > 0
+    assert figures["latency", "gRPC", "http_p50_ms"] > 0
     assert ("throughput", "default", "throughput_32_over_engine") in figures  # 0 where a slow machine answers none in so short a time
     assert 0 < figures["throughput", "default", "engine_cpu_share"] <= 1
     for table in ("swap", "upsert"):

@@ -4,7 +4,7 @@ A bundle is an artifact of kind `bundle`. It is copied together from the artifac
 not made from each other. Weights are safetensors, arrays npy, tables Parquet, the rest JSON; nothing is unpickled, and a file
 of any other kind is refused.
 
-    bundle.json            generator stage and support, where each part came from
+    bundle.json            generator stage and support, the last change of the catalogue log that the items hold, where each part came from
     generator/             tokenizer.json, prompts.json, stage/ (a Hugging Face Qwen2 folder with genrecall.json)
     sid_index/             SID table, trie, SID -> items index, item ids
     encoder/, quantizer/   to embed queries and to place new items
@@ -30,6 +30,8 @@ from safetensors import SafetensorError
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.generator.retriever import Retriever, load_retriever
+from genrecall.registry.catalogue_log import CatalogueLog
+from genrecall.sid.index import SidIndex
 from genrecall.sid.item_ids import ItemIds
 from genrecall.sid.labels import SidLabels
 from genrecall.sid.segments import SegmentedIndex
@@ -50,14 +52,21 @@ class BundleError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class BundleConfig:
-    """What goes into the bundle beside the parts themselves."""
+    """What goes into the bundle beside the parts themselves.
+
+    Attributes:
+        catalog_seq: the last change of the catalogue log that the data set's items hold, as a server named it before they were exported
+            (`versions.catalog_seq` of `GET /v1/model`). Servers replay what follows it on the bundle; 0: all of the log.
+    """
 
     warm_up_requests: int = 16
     warm_up_beam_size: int = 10
+    catalog_seq: int = 0
     seed: int = 0
 
     def problems(self) -> list[str]:
-        return [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("warm_up_requests", "warm_up_beam_size") if getattr(self, name) < 1]
+        least = {"warm_up_requests": 1, "warm_up_beam_size": 1, "catalog_seq": 0}
+        return [f"{name}: must be at least {low}, got {getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,14 @@ class Bundle:
 
     @property
     def catalog_seq(self) -> int:
-        """The last change of the catalogue log that its items hold; 0 where `bundle.json` names none."""
+        """The last change of the catalogue log that its items hold; 0: none."""
         return int(self.about.get("catalog_seq", 0))
+
+    @property
+    def base_index(self) -> SidIndex:
+        """The index as it was built, whatever was added to it later."""
+        index = self.retriever.index
+        return index.base if isinstance(index, SegmentedIndex) else index
 
     @property
     def num_listed(self) -> int:
@@ -125,12 +140,17 @@ def build_bundle(
     aligned: Artifact | None,
     evaluation: Artifact,
     uri: str,
+    log: CatalogueLog | None = None,
     force: bool = False,
 ) -> Artifact:
     """Copy the parts of one line into a bundle at `uri`, with the generator's stage that the evaluation chose on validation requests.
 
+    Args:
+        log: of the catalogue, against which `config.catalog_seq` is checked; None: there is none to look at.
+
     Raises:
-        BundleError: parts that were not made from each other, naming the job to rerun.
+        BundleError: parts that were not made from each other, naming the job to rerun, or items that do not hold the changes up to `config.catalog_seq`.
+        CatalogueLogError: the log cannot be read.
     """
     parts = {"dataset": dataset, "encoder": encoder, "quantizer": quantizer, "sid_index": sid_index, "generator": generator, "evaluation": evaluation}
     served_stage = evaluation.json("metrics.json").get("served") or ("stage3" if aligned is None else "stage4")
@@ -139,6 +159,8 @@ def build_bundle(
             raise BundleError(f"{evaluation.uri}: chose stage 4, and no aligned generator was given; rerun jobs/evaluate.py")
         parts["aligned"] = aligned
     check_lineage(parts)
+    if log is not None and config.catalog_seq:
+        check_coverage(load_catalog(dataset).item_ids, log, config.catalog_seq)
     stage = Stage(kind="bundle", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parts, seed=config.seed, job="register_model")
     if done := stage.current(force=force):
         return done
@@ -170,6 +192,7 @@ def build_bundle(
         about = {
             "stage": model_folder.name,
             "support": trained.json("training.json")["support"],
+            "catalog_seq": config.catalog_seq,
             "max_items_per_sid": int(sid_index.manifest["config"]["max_items_per_sid"]),
             "parts": {name: part.hash for name, part in parts.items()},
         }
@@ -195,6 +218,30 @@ def check_lineage(parts: Mapping[str, Artifact]) -> None:
                 raise BundleError(f"{name} ({part.uri}) was made from another {parent_name} than {parts[parent_name].uri}; {again}")
         if name == "evaluation" and (unjudged := {"generator", "sid_index", "aligned"} & set(parts) - set(parents)):
             raise BundleError(f"{name} ({part.uri}) did not judge {', '.join(sorted(unjudged))}; {again}")
+
+
+def check_coverage(item_ids: Iterable[str], log: CatalogueLog, sequence: int) -> None:
+    """Check that items hold the catalogue's changes up to a number: a bundle that claims more than it has would lose items, or bring delisted ones back.
+
+    Of an item that changed again later nothing is asked: servers replay that change.
+
+    Raises:
+        BundleError: the log ends before the number, or items are missing or were delisted.
+        CatalogueLogError: the log cannot be read.
+    """
+    held = log.held()
+    if held.sequence < sequence:
+        raise BundleError(f"bundle.catalog_seq: expected at most {held.sequence}, the last change in {log.folder}, got {sequence}")
+    known = frozenset(item_ids)
+    settled = [change for change in held.changes if change.in_stock is None and change.sequence <= sequence]
+    missing = [change.item_id for change in settled if change.record is not None and change.item_id not in known]
+    delisted = [change.item_id for change in settled if change.record is None and change.item_id in known]
+    for ids, problem in ((missing, "lacks items that were added"), (delisted, "holds items that were delisted")):
+        if ids:
+            raise BundleError(
+                f"bundle.catalog_seq: the data set {problem} by change {sequence}: {', '.join(map(repr, ids[:5]))}{' ...' if len(ids) > 5 else ''}; "
+                "give the number that a server named before the items were exported, or export them anew"
+            )
 
 
 def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:

@@ -142,8 +142,10 @@ class CatalogueLog:
                 time.sleep(_BETWEEN_LOOKS_S)
         raise AssertionError("the last look returns or raises")
 
-    def _stock_changes(self) -> list[Change]:
-        return [change for line in _Scan(self.folder, None, None) for change in line.changes if change.in_stock is not None]
+    def _all(self) -> LogTail:
+        scan = _Scan(self.folder, None, None)
+        changes = [change for line in scan for change in line.changes]
+        return LogTail(changes, scan.sequence, scan.torn_bytes)
 
     def _read(self, after: int, at_most: int | None) -> LogTail:
         scan = _Scan(self.folder, after, self._read_to)
@@ -163,8 +165,17 @@ class CatalogueLog:
         Raises:
             CatalogueLogError: as for `read`.
         """
-        found = [change for change in self._settled(self._stock_changes) if change.sequence <= through]
+        found = [change for change in self._settled(self._all).changes if change.sequence <= through and change.in_stock is not None]
         return {change.item_id: bool(change.in_stock) for change in newest(found)}
+
+    def held(self) -> LogTail:
+        """All that the log holds still: the newest record or tombstone and the newest stock flag of each item, and its last number.
+
+        Raises:
+            CatalogueLogError: as for `read`.
+        """
+        found = self._settled(self._all)
+        return LogTail(newest(found.changes), found.sequence, found.torn_bytes)
 
     def append(self, upsert: Sequence[ItemRecord], delist: Sequence[str] = (), *, in_stock: Mapping[str, bool] | None = None, wait_s: float = 2.0) -> int:
         """Write the records, then the tombstones, then the stock flags, as one line; returns their last number once they are on disk.

@@ -38,6 +38,9 @@ from genrecall.registry.versions import (
 from genrecall.storage import MANIFEST, Artifact, open_artifact, sha256_of
 
 PREVIOUS_TAG = "genrecall.previous_champion"
+CATALOG_SEQ_TAG = "genrecall.catalog_seq"
+"""What the version's items hold of the catalogue log: whoever compacts it looks here."""
+
 _PYFUNC_MODEL = Path(__file__).with_name("pyfunc_model.py")
 _SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "query")]),
@@ -89,6 +92,7 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
     mlflow.log_metrics(dict(metrics), model_id=info.model_id)
     number = str(info.registered_model_version)
     client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)
+    client.set_model_version_tag(model_name, number, CATALOG_SEQ_TAG, str(bundle.json("bundle.json").get("catalog_seq", 0)))
     client.set_registered_model_alias(model_name, CHALLENGER, number)
     return resolve(f"models:/{model_name}/{number}", client)
 
@@ -141,6 +145,25 @@ def rollback(model_name: str) -> Version:
     target = resolve(f"models:/{model_name}/{previous}", client)
     _set_champion(client, target)
     return target
+
+
+def least_covered(model_name: str) -> tuple[int, int] | None:
+    """The least that a version which may go live by one alias move holds of the catalogue log, and that version's number; None where there is no such version.
+
+    Those are the champion, the one that `rollback` gives back, and the challenger. A log that is compacted further is one that they are refused for.
+    """
+    client = MlflowClient()
+    try:
+        aliases = client.get_registered_model(model_name).aliases
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    numbers = {str(number) for alias, number in aliases.items() if alias in (CHAMPION, CHALLENGER)}
+    if CHAMPION in aliases:
+        numbers |= {one for one in [client.get_model_version(model_name, str(aliases[CHAMPION])).tags.get(PREVIOUS_TAG)] if one}
+    held = [(int(client.get_model_version(model_name, number).tags.get(CATALOG_SEQ_TAG, 0)), int(number)) for number in numbers]
+    return min(held, default=None)
 
 
 def current_champion(model_name: str) -> Version | None:

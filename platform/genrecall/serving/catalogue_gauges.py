@@ -11,7 +11,8 @@ import logging
 from ray.serve.metrics import Gauge
 
 from genrecall.registry.bundle import Bundle
-from genrecall.serving.live_catalogue import DriftLimits, LiveBundle
+from genrecall.serving.drift import DriftLimits
+from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.messages import CatalogueInfo
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps

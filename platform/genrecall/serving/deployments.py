@@ -8,37 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ipaddress
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import ray
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
-from ray.serve.metrics import Counter, Gauge, Histogram
 
 from genrecall.registry.catalogue_log import CatalogueLogError
 from genrecall.registry.catalogue_records import ItemRecord
-from genrecall.registry.versions import is_address
 from genrecall.serving import recall_pb2
 from genrecall.serving.answer_cache import AnswerCache, key_of
 from genrecall.serving.api import LateError, OverloadedError, VersionNotLoadedError, create_app
-from genrecall.serving.api_keys import KEYS_VARIABLE, ApiKeyError, ApiKeys
+from genrecall.serving.api_keys import ApiKeys
 from genrecall.serving.batcher import Batcher
 from genrecall.serving.catalogue_gauges import CatalogueGauges
 from genrecall.serving.challenger import Challenger, follow_forever
 from genrecall.serving.grpc_routes import CallContext, GrpcRoutes
 from genrecall.serving.hot_swap import BundleFollower
-from genrecall.serving.live_catalogue import DriftLimits
-from genrecall.serving.messages import MAX_BEAM_SIZE, ItemsAccepted, ItemsRequest, ModelInfo, RecallRequest, RecallResponse, Role
+from genrecall.serving.messages import ItemsAccepted, ItemsRequest, ModelInfo, RecallRequest, RecallResponse, Role
+from genrecall.serving.open_ports import grpc_listens, http_binding, refuse_open_grpc, refuse_open_port
 from genrecall.serving.recall_service import ServedBundle, Waiting, answer_batch, answer_waiting
+from genrecall.serving.recall_settings import RecallSettings
+from genrecall.serving.request_metrics import RequestMetrics
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
 
@@ -46,79 +42,6 @@ STUCK_AFTER_S = 60.0
 """A batch that takes longer than this fails the health check, and Serve replaces the replica."""
 
 _LOCK_WAIT_S = 5.0
-_MILLISECONDS = [1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0]
-_BeamSize = Annotated[int, Field(ge=1, le=MAX_BEAM_SIZE)]
-
-
-class RecallSettings(BaseModel):
-    """`args` of `serve_apps/recall.yaml`; unknown ones are errors.
-
-    Attributes:
-        model: `models:/NAME@champion`, `models:/NAME/NUMBER` or `latest-champion`.
-        tracking_uri: of the MLflow registry; default: `MLFLOW_TRACKING_URI`, else the sqlite file in `GENRECALL_HOME`.
-        bundle_cache: folder for bundles downloaded from a remote store.
-        beam_sizes: widest, middle, narrowest; which one depends on how many requests wait.
-        max_batch_size: requests decoded together.
-        max_waiting: requests a replica holds at a time; more get 503 with Retry-After. Below `max_ongoing_requests`.
-        follow_s: seconds between two looks at the registry; 0: never.
-        catalogue_folder: folder of the catalogue logs, one of each model's name, on a file system that all replicas share; default: `catalogue` in
-            `GENRECALL_HOME` where that is a folder.
-        catalogue_follow_s: seconds between two looks at the log.
-        drift_error_ratio, drift_oversize_share, drift_unknown_categories, drift_min_items: the alarm's limits, see `DriftLimits`.
-        cache_entries, cache_mb: answers (and their size) that a replica keeps for requests that come again; 0 entries: none.
-        api_keys_file: one key a line; default: the environment's `GENRECALL_API_KEYS`.
-        admin_keys_file: likewise, of who may change the catalogue; default: `GENRECALL_ADMIN_KEYS`.
-        torch_threads: at most the replica's CPUs.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str = "latest-champion"
-    tracking_uri: str | None = None
-    bundle_cache: str | None = None
-    beam_sizes: tuple[_BeamSize, _BeamSize, _BeamSize] = (100, 50, 20)
-    max_batch_size: int = Field(default=16, ge=1, le=256)
-    max_waiting: int = Field(default=64, ge=1)
-    follow_s: float = Field(default=10.0, ge=0)
-    cache_entries: int = Field(default=0, ge=0, le=10_000_000)
-    cache_mb: float = Field(default=64.0, gt=0)
-    catalogue_folder: str | None = None
-    catalogue_follow_s: float = Field(default=1.0, ge=0.05, le=4)
-    drift_error_ratio: float = Field(default=DriftLimits.error_ratio, gt=0)
-    drift_oversize_share: float = Field(default=DriftLimits.oversize_share, ge=0, le=1)
-    drift_unknown_categories: float = Field(default=DriftLimits.unknown_categories, ge=0, le=1)
-    drift_min_items: int = Field(default=DriftLimits.min_items, ge=1)
-    api_keys_file: str | None = None
-    admin_keys_file: str | None = None
-    torch_threads: int = Field(default=1, ge=1)
-
-    @field_validator("model")
-    @classmethod
-    def _can_be_resolved(cls, model: str) -> str:
-        if not is_address(model):
-            raise ValueError(f"expected models:/NAME@ALIAS, models:/NAME/NUMBER or latest-champion, got {model!r}")
-        return model
-
-    @field_validator("beam_sizes")
-    @classmethod
-    def _widest_first(cls, sizes: tuple[int, int, int]) -> tuple[int, int, int]:
-        if list(sizes) != sorted(sizes, reverse=True):
-            raise ValueError(f"expected the widest beam first, got {list(sizes)}")
-        return sizes
-
-    def drift_limits(self) -> DriftLimits:
-        """When the drift alarm is raised."""
-        return DriftLimits(
-            error_ratio=self.drift_error_ratio,
-            oversize_share=self.drift_oversize_share,
-            unknown_categories=self.drift_unknown_categories,
-            min_items=self.drift_min_items,
-        )
-
-
-def _tags(*names: str) -> Any:
-    """Several tags of a metric: Ray declares `tuple[str]` and means any number."""
-    return names
 
 
 @serve.deployment(name="recall", max_ongoing_requests=128, max_queued_requests=256, ray_actor_options={"num_cpus": 1})
@@ -139,8 +62,8 @@ class RecallDeployment:
         if self._admin_keys.required and catalogues is None:
             raise CatalogueLogError("there are admin keys and no place for the catalogue log: GENRECALL_HOME is no folder; set catalogue_folder")
         if not self._keys.required:
-            refuse_open_port(*_http_binding())
-            refuse_open_grpc(_grpc_listens())
+            refuse_open_port(*http_binding())
+            refuse_open_grpc(grpc_listens())
         self._grpc = GrpcRoutes(lambda: self, self._keys, self._admin_keys)
         threads = self._settings.torch_threads
         torch.set_num_threads(threads)
@@ -153,18 +76,8 @@ class RecallDeployment:
         self._waiting = 0
         self._batch_began: float | None = None
         self._batcher: Batcher[Role, Waiting, RecallResponse | None] = Batcher(self._answer_together, self._settings.max_batch_size)
-        self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded, late or failed", tag_keys=_tags("outcome", "version"))
-        self._degraded = Counter("genrecall_degraded", "answers that are less than was asked for, by reason", tag_keys=("reason",))
-        self._looked_up = Counter("genrecall_cache", "requests looked up in the cache by outcome: hit or miss", tag_keys=("outcome",))
-        self._latency = Histogram(
-            "genrecall_latency_ms", "milliseconds by phase: whole, generate or expand", boundaries=_MILLISECONDS, tag_keys=_tags("phase", "version")
-        )
-        self._batch_size = Histogram("genrecall_batch_size", "requests decoded together", boundaries=[1, 2, 4, 8, 16, 32, 64, 128])
-        self._empty = Counter("genrecall_empty_answers", "answers without an item", tag_keys=("version",))
-        self._swaps = Counter("genrecall_swaps", "bundles taken into service after the first")
-        self._refused = Gauge("genrecall_refused", "1 while another version is refused, see GET /v1/model")
-        self._version = Gauge("genrecall_model_version", "version number in service")
-        self._version.set(float(self._served.version.number))
+        self._metrics = RequestMetrics()
+        self._metrics.serves(self._served.version.number)
         self._catalogue = CatalogueGauges(self._settings.drift_limits())
         self._catalogue.show(self._served.bundle)
         self._change_lock = threading.Lock()  # who replaces what is served holds it
@@ -233,9 +146,9 @@ class RecallDeployment:
         if self._cache.entries and served is not None:
             key = key_of(served, request)
             kept = self._cache.get(key)
-            self._looked_up.inc(tags={"outcome": "miss" if kept is None else "hit"})
+            self._metrics.looked_up(hit=kept is not None)
             if kept is not None:
-                self._requests.inc(tags={"outcome": "ok", "version": role})
+                self._metrics.count("ok", role)
                 return kept
         self._admit(1, role)
         started = time.perf_counter()
@@ -245,10 +158,10 @@ class RecallDeployment:
             outcome = "late" if response is None else "ok"
         finally:
             self._waiting -= 1
-            self._requests.inc(tags={"outcome": outcome, "version": role})
+            self._metrics.count(outcome, role)
         if response is None:
             raise LateError("the deadline passed before the request's turn came")
-        self._observe(response, (time.perf_counter() - started) * 1e3)
+        self._metrics.answered(response, (time.perf_counter() - started) * 1e3)
         if key is not None:
             self._cache.put(key, response)
         return response
@@ -272,26 +185,17 @@ class RecallDeployment:
             outcome = "ok"
         finally:
             self._waiting -= len(requests)
-            self._requests.inc(len(requests), tags={"outcome": outcome, "version": "champion"})
+            self._metrics.count(outcome, "champion", len(requests))
         for answer in answers:
-            self._observe(answer, (time.perf_counter() - started) * 1e3)
+            self._metrics.answered(answer, (time.perf_counter() - started) * 1e3)
         return answers
 
     def _admit(self, count: int, role: Role = "champion") -> None:
         """Count requests as waiting; a batch larger than the queue is taken where nothing else waits."""
         if self._waiting and self._waiting + count > self._settings.max_waiting:
-            self._requests.inc(count, tags={"outcome": "overloaded", "version": role})
+            self._metrics.count("overloaded", role, count)
             raise OverloadedError("too many requests are waiting")
         self._waiting += count
-
-    def _observe(self, response: RecallResponse, whole_ms: float) -> None:
-        timings, role = response.timings, response.versions.role
-        for phase, milliseconds in (("whole", whole_ms), ("generate", timings.generate_ms), ("expand", timings.expand_ms)):
-            self._latency.observe(milliseconds, tags={"phase": phase, "version": role})
-        for reason in response.degraded_by:
-            self._degraded.inc(tags={"reason": reason})
-        if not response.items:
-            self._empty.inc(tags={"version": role})
 
     async def _answer_together(self, role: Role, waiting: Sequence[Waiting], load: int) -> list[RecallResponse | None]:
         served = self._served if role == "champion" else self._challenger.served  # one reference for the whole batch: no answer mixes versions
@@ -300,7 +204,7 @@ class RecallDeployment:
         return await self._in_torch_thread(served, waiting, load)
 
     async def _in_torch_thread(self, served: ServedBundle, waiting: Sequence[Waiting], load: int) -> list[RecallResponse | None]:
-        self._batch_size.observe(len(waiting))
+        self._metrics.decoded_together(len(waiting))
         return await asyncio.get_running_loop().run_in_executor(self._torch_thread, self._answer, served, waiting, load)
 
     def _answer(self, served: ServedBundle, waiting: Sequence[Waiting], load: int) -> list[RecallResponse | None]:
@@ -355,7 +259,7 @@ class RecallDeployment:
             self._keys.refresh()
             self._admin_keys.refresh()
             found = self._follower.newer(self._served)
-            self._refused.set(float(self._follower.refused is not None))
+            self._metrics.refuses(self._follower.refused is not None)
             if found is not None:
                 self._swap(found)
 
@@ -370,8 +274,7 @@ class RecallDeployment:
             logger.info("serving %s instead of %s", found.version.text, self._served.version.text)
             self._served = found
             self._catalogue.show(found.bundle)
-        self._swaps.inc()
-        self._version.set(float(found.version.number))
+        self._metrics.serves(found.version.number, swapped=True)
 
     def _follow_log(self) -> None:
         """Take in what is appended to the catalogue log, from the replica's start to its end, in a thread of its own: loading a version takes longer."""
@@ -387,48 +290,3 @@ class RecallDeployment:
                 except Exception as error:  # the edge: whatever is wrong with the log, what is loaded goes on serving
                     self._catalogue.failed(error)
             self._challenger.follow_log()
-
-
-def refuse_open_port(host: str, behind_haproxy: bool) -> None:
-    """Check that a server without keys answers loopback only.
-
-    Raises:
-        ApiKeyError: the host is open to the network.
-    """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if behind_haproxy or not loopback:
-        where = "RAY_SERVE_ENABLE_HA_PROXY opens its ports on all interfaces" if behind_haproxy else f"http_options.host is {host}, open to the network"
-        raise ApiKeyError(f"{where}, and there are no API keys; set api_keys_file or {KEYS_VARIABLE}, or bind 127.0.0.1")
-
-
-def refuse_open_grpc(listens: bool) -> None:
-    """Check that there are keys where Serve's gRPC proxy listens: it always binds all interfaces.
-
-    Raises:
-        ApiKeyError: it listens.
-    """
-    if listens:
-        message = "grpc_options opens a port on all interfaces, and there are no API keys"
-        raise ApiKeyError(f"{message}; set api_keys_file or {KEYS_VARIABLE}, or take the servicer functions out of grpc_options")
-
-
-def _grpc_listens() -> bool:
-    """Whether Serve has a gRPC proxy."""
-    from ray.serve.context import _get_global_client  # as below
-
-    client = _get_global_client()
-    assert client is not None, "a replica always has a controller"
-    options = ray.get(client._controller.get_grpc_config.remote())
-    return bool(options.port > 0 and options.grpc_servicer_functions)
-
-
-def _http_binding() -> tuple[str, bool]:
-    """The host that Serve's HTTP proxy binds, and whether HAProxy stands before it."""
-    from ray.serve.context import _get_global_client  # Ray 2.60 has no public way to ask from inside a replica
-
-    client = _get_global_client()
-    assert client is not None, "a replica always has a controller"
-    return str(client.http_config.host), os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"

@@ -18,20 +18,20 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from genrecall.encoders.embed import compose_item_text
-from genrecall.generator.guidance import LEXICON_TOKENS
 from genrecall.generator.live_filters import LiveFilterCache
 from genrecall.generator.retriever import Retriever
-from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.bundle import Bundle
 from genrecall.registry.catalogue_log import CatalogueLog, LogTail
 from genrecall.registry.catalogue_records import Change, ItemRecord, newest
-from genrecall.sid.assign import load_assigner, oversize_sids
+from genrecall.serving.drift import Drift
+from genrecall.serving.item_placer import ItemPlacer
+from genrecall.serving.later_items import LaterRows, Names, ShownItem
+from genrecall.sid.assign import oversize_sids
 from genrecall.sid.index import SidIndex
 from genrecall.sid.own_records import OwnRecords
 from genrecall.sid.segments import SegmentedIndex
@@ -39,201 +39,8 @@ from genrecall.sid.segments import SegmentedIndex
 CHANGES_AT_ONCE = 1000
 """A step takes this many changes, and the rest of the request that they end in."""
 
-_ARRAYS = ("used", "errors", "unknown", "categories", "brands")
-_SAMPLE = 2048
 _UNUSED_ROWS = 1024
 _ALL = int(np.iinfo(np.int32).max)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftLimits:
-    """What newcomers may differ by before the alarm says that it is time to retrain.
-
-    Attributes:
-        error_ratio: their mean quantisation error over the catalogue's.
-        oversize_share: SIDs that they brought beyond twice the cap, of all SIDs.
-        unknown_categories: the share of them that name a category which no published item has.
-        min_items: fewer newcomers than these raise no alarm by their error or their categories.
-    """
-
-    error_ratio: float = 1.5
-    oversize_share: float = 0.01
-    unknown_categories: float = 0.2
-    min_items: int = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """How the catalogue differs from the bundle's.
-
-    Attributes:
-        later_items: items in service that the bundle does not have. changed_items: items of the bundle that answers show otherwise.
-        delisted_items: items of the bundle that are gone. out_of_stock_items: items in service that are out of stock.
-        error_ratio: mean squared distance of later items' latents from their codes, over that of a sample of the bundle's items; None without either.
-        oversize_sids: SIDs beyond twice the cap that were not in the bundle. sids: all of them.
-        unknown_categories: share of later items that name a category which no item of the bundle has or is below; None without later items.
-    """
-
-    sids: int
-    later_items: int = 0
-    changed_items: int = 0
-    delisted_items: int = 0
-    out_of_stock_items: int = 0
-    error_ratio: float | None = None
-    oversize_sids: int = 0
-    unknown_categories: float | None = None
-
-    def alarms(self, limits: DriftLimits) -> list[str]:
-        """What is beyond its limit, in words."""
-        found = []
-        enough = self.later_items >= limits.min_items
-        if enough and self.error_ratio is not None and self.error_ratio > limits.error_ratio:
-            found.append(
-                f"the quantisation error of {self.later_items} later items is {self.error_ratio:.2f} times the catalogue's, above {limits.error_ratio:g}"
-            )
-        if self.oversize_sids > limits.oversize_share * self.sids:
-            found.append(f"{self.oversize_sids} of {self.sids} SIDs grew beyond twice the cap, above a share of {limits.oversize_share:g}")
-        if enough and self.unknown_categories is not None and self.unknown_categories > limits.unknown_categories:
-            found.append(
-                f"{self.unknown_categories:.0%} of {self.later_items} later items have categories that the bundle does not know, above {limits.unknown_categories:.0%}"
-            )
-        return found
-
-
-class _Shown(NamedTuple):
-    """What answers show of an item: the columns of a bundle's `items`."""
-
-    item_id: str
-    title: str
-    category_path: tuple[str, ...]
-    brand: str
-    price: float | None
-
-    @classmethod
-    def of(cls, record: ItemRecord) -> _Shown:
-        return cls(record.item_id, record.title, record.category_path, record.brand, record.price)
-
-    def columns(self) -> dict[str, Any]:
-        return {**self._asdict(), "category_path": list(self.category_path)}
-
-
-class _Placed(NamedTuple):
-    """Where records go: SID rows int32 [n], vectors float32 [n, d], text tokens, squared errors float32 [n], and whether the category is unknown, bool [n]."""
-
-    sid_rows: NDArray[np.int32]
-    vectors: NDArray[np.float32]
-    tokens: list[NDArray[np.integer]]
-    errors: NDArray[np.float32]
-    unknown: NDArray[np.bool_]
-
-
-class ItemPlacer:
-    """A bundle's frozen encoder and codebooks.
-
-    Raises:
-        QuantizerError, AssignError: parts that do not belong together.
-    """
-
-    def __init__(self, bundle: Bundle) -> None:
-        folder = bundle.artifact.path
-        self._retriever = bundle.retriever
-        self._quantizer = load_quantizer(folder / "quantizer")
-        self._assigner = load_assigner(quantizer=folder / "quantizer", sid_index=folder / "sid_index")
-        self.catalogue_error = self._mean_error(bundle)
-        """Mean squared distance of the latents of a sample of the bundle's items from their codes."""
-
-    def place(self, records: Sequence[ItemRecord]) -> _Placed:
-        """The places of n records."""
-        assert self._retriever.encoder is not None, "a bundle has its encoder"
-        texts = [compose_item_text(one.title, one.brand, one.category_path, one.text) for one in records]
-        paths = [one.category_path for one in records]
-        vectors = np.asarray(self._retriever.encoder.encode_items(texts), dtype=np.float32)
-        codes, residuals = self._quantizer.place(vectors, paths)
-        ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
-        errors = np.square(residuals).sum(axis=1, dtype=np.float32)
-        return _Placed(self._assigner.assign_placed(codes, residuals), vectors, np.split(ids, offsets[1:-1]), errors, self._unknown(paths))
-
-    def _unknown(self, paths: Sequence[tuple[str, ...]]) -> NDArray[np.bool_]:
-        """Whether an item names a category that no item of the bundle has or is below, bool [n]; by the quantiser's categories without posting lists."""
-        distinct = sorted({path for path in paths if path})
-        if self._retriever.filters is not None:
-            ranges = self._retriever.filters.postings.categories.ranges(distinct)
-            known = ranges[:, 0] < ranges[:, 1]
-        elif self._quantizer.categories is not None:
-            known = self._quantizer.categories.codes_of(distinct) >= 0
-        else:
-            known = np.ones(len(distinct), dtype=np.bool_)
-        known_of = {**dict(zip(distinct, known.tolist(), strict=True)), (): True}
-        return np.array([not known_of[path] for path in paths], dtype=np.bool_)
-
-    def _mean_error(self, bundle: Bundle) -> float:
-        """Of evenly spaced items; by the vectors that the trie holds, or, where it holds none, of their texts less the descriptions."""
-        base = _base_of(bundle)
-        rows = base.item_rows if base.num_published else np.arange(base.num_items, dtype=np.int32)
-        places = np.arange(min(_SAMPLE, len(rows))) * len(rows) // max(min(_SAMPLE, len(rows)), 1)
-        if not len(places):
-            return 0.0
-        shown = bundle.shown(rows[places])
-        held = bundle.retriever.trie.item_vectors
-        if held is not None and base.num_published:
-            vectors = held[places.tolist()].float().cpu().numpy()
-        else:
-            assert bundle.retriever.encoder is not None, "a bundle has its encoder"
-            vectors = bundle.retriever.encoder.encode_items([compose_item_text(one["title"], one["brand"], one["category_path"]) for one in shown])
-        _, residuals = self._quantizer.place(vectors, [one["category_path"] for one in shown])
-        return float(np.square(residuals).sum(axis=1).mean())
-
-
-@dataclass(frozen=True)
-class _LaterRows:
-    """The rows of later items, as the index has them.
-
-    used: bool [m], not replaced by a newer row and not delisted. errors: float32 [m]. unknown: bool [m]. categories, brands: int32 [m], numbers
-    into `_Names`. shown: m.
-    """
-
-    used: NDArray[np.bool_]
-    errors: NDArray[np.float32]
-    unknown: NDArray[np.bool_]
-    categories: NDArray[np.int32]
-    brands: NDArray[np.int32]
-    shown: tuple[_Shown, ...]
-
-    @classmethod
-    def none(cls) -> _LaterRows:
-        return cls(np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int32), np.zeros(0, np.int32), ())
-
-    def with_rows(self, other: _LaterRows) -> _LaterRows:
-        joined: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
-        return _LaterRows(**joined, shown=self.shown + other.shown)
-
-    def without(self, rows: Sequence[int]) -> _LaterRows:
-        used = self.used.copy()
-        used[list(rows)] = False
-        return dataclasses.replace(self, used=used)
-
-    def kept(self) -> _LaterRows:
-        """The rows in use alone."""
-        arrays: dict[str, Any] = {name: getattr(self, name)[self.used] for name in _ARRAYS}
-        return _LaterRows(**arrays, shown=tuple(self.shown[row] for row in np.flatnonzero(self.used).tolist()))
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Numbers of the category paths and brands that items judged by their own record have."""
-
-    categories: Mapping[tuple[str, ...], int]
-    brands: Mapping[str, int]
-
-    def with_names(self, shown: Iterable[_Shown]) -> _Names:
-        categories, brands = dict(self.categories), dict(self.brands)
-        for one in shown:
-            categories.setdefault(one.category_path, len(categories))
-            brands.setdefault(one.brand, len(brands))
-        return _Names(categories, brands)
-
-    def numbers_of(self, shown: Sequence[_Shown]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        return np.array([self.categories[one.category_path] for one in shown], np.int32), np.array([self.brands[one.brand] for one in shown], np.int32)
 
 
 @dataclass(frozen=True)
@@ -254,13 +61,13 @@ class LiveBundle(Bundle):
     published: Bundle
     placer: ItemPlacer
     applied: int
-    later: _LaterRows
+    later: LaterRows
     later_rows: Mapping[str, int]
-    changed: Mapping[int, _Shown]
+    changed: Mapping[int, ShownItem]
     judged: frozenset[int]
     delisted: frozenset[int]
     out_of_stock: frozenset[str]
-    names: _Names
+    names: Names
 
     @classmethod
     def over(cls, bundle: Bundle, in_stock: Mapping[str, bool] | None = None) -> LiveBundle:
@@ -273,19 +80,19 @@ class LiveBundle(Bundle):
             QuantizerError, AssignError: parts of the bundle that do not belong together.
         """
         same = {field.name: getattr(bundle, field.name) for field in dataclasses.fields(Bundle)}
-        same["retriever"] = bundle.retriever.with_index(SegmentedIndex(_base_of(bundle)))
+        same["retriever"] = bundle.retriever.with_index(SegmentedIndex(bundle.base_index))
         state = cls(
             **same,
             published=bundle,
             placer=ItemPlacer(bundle),
             applied=bundle.catalog_seq,
-            later=_LaterRows.none(),
+            later=LaterRows.none(),
             later_rows={},
             changed={},
             judged=frozenset(),
             delisted=frozenset(),
             out_of_stock=frozenset(one for one, flag in (in_stock or {}).items() if not flag),
-            names=_Names({}, {}),
+            names=Names({}, {}),
         )
         return dataclasses.replace(state, retriever=state._retriever_over(same["retriever"].index)) if state.out_of_stock else state
 
@@ -297,7 +104,7 @@ class LiveBundle(Bundle):
     @property
     def num_listed(self) -> int:
         """Items that answers may hold."""
-        return _base_of(self.published).num_published - len(self.delisted) + int(self.later.used.sum())
+        return self.published.base_index.num_published - len(self.delisted) + int(self.later.used.sum())
 
     def in_stock(self, item_id: str) -> bool:
         """As `Bundle.in_stock`, by the newest flag."""
@@ -334,7 +141,7 @@ class LiveBundle(Bundle):
         """How far the catalogue has moved from the bundle's."""
         used, cap = self.later.used, int(self.about["max_items_per_sid"])
         count = int(used.sum())
-        before = oversize_sids(_base_of(self.published).sizes(), cap)
+        before = oversize_sids(self.published.base_index.sizes(), cap)
         reference = self.placer.catalogue_error
         return Drift(
             sids=len(self.retriever.table),
@@ -361,7 +168,7 @@ class LiveBundle(Bundle):
         latest = newest(tail.changes)
         flags = {change.item_id: change.in_stock for change in latest if change.in_stock is not None}
         latest = [change for change in latest if change.in_stock is None]
-        base = _base_of(self.published)
+        base = self.published.base_index
         known = self._published_rows(base, latest)
         later_rows = dict(self.later_rows)
         gone = [later_rows.pop(one.item_id) - len(self.items) for one in latest if one.item_id in later_rows]
@@ -387,10 +194,10 @@ class LiveBundle(Bundle):
         names = self.names
         if newcomers:
             placed = self.placer.place(newcomers)
-            shown = tuple(map(_Shown.of, newcomers))
+            shown = tuple(map(ShownItem.of, newcomers))
             names = names.with_names(shown)
             later_rows |= {one.item_id: index.num_items + place for place, one in enumerate(newcomers)}
-            later = later.with_rows(_LaterRows(np.ones(len(shown), bool), placed.errors, placed.unknown, *names.numbers_of(shown), shown))
+            later = later.with_rows(LaterRows(np.ones(len(shown), bool), placed.errors, placed.unknown, *names.numbers_of(shown), shown))
             index = self._added(index, placed.sid_rows, newcomers, placed.vectors, placed.tokens)
         names = names.with_names(changed[row] for row in judged)
         back = {one for one, flag in flags.items() if flag}
@@ -415,21 +222,21 @@ class LiveBundle(Bundle):
             rows[~np.isin(rows, base.rows_at(places))] = -1
         return [int(row) for row in rows]
 
-    def _shown_anew(self, records: Mapping[int, ItemRecord | None]) -> tuple[dict[int, _Shown], frozenset[int]]:
+    def _shown_anew(self, records: Mapping[int, ItemRecord | None]) -> tuple[dict[int, ShownItem], frozenset[int]]:
         """`changed` and `judged` after published items got other records or were delisted."""
         changed = {row: shown for row, shown in self.changed.items() if row not in records}
         judged = self.judged - records.keys()
         listed = [(row, record) for row, record in records.items() if record is not None]
         before = self.published.shown([row for row, _ in listed]) if listed else []
         for (row, record), was in zip(listed, before, strict=True):
-            now, path, brand = _Shown.of(record), tuple(was["category_path"]), was["brand"] or ""
-            if now != _Shown(was["item_id"], was["title"], path, brand, _number(was["price"])):
+            now, path, brand = ShownItem.of(record), tuple(was["category_path"]), was["brand"] or ""
+            if now != ShownItem(was["item_id"], was["title"], path, brand, _number(was["price"])):
                 changed[row] = now
             if (now.category_path, now.brand) != (path, brand):
                 judged |= {row}
         return changed, judged
 
-    def _rebuilt(self, base: SidIndex, index: SegmentedIndex, later: _LaterRows, delisted: set[int]) -> tuple[SegmentedIndex, _LaterRows]:
+    def _rebuilt(self, base: SidIndex, index: SegmentedIndex, later: LaterRows, delisted: set[int]) -> tuple[SegmentedIndex, LaterRows]:
         """The index over the base anew, with the later rows in use in their order; what lists an item again, or frees rows that are not in use."""
         rebuilt = SegmentedIndex(base).without(np.array(sorted(delisted), dtype=np.int64))
         used, held = np.flatnonzero(later.used), index.later
@@ -482,11 +289,6 @@ class LiveBundle(Bundle):
             off_lists=np.array(sorted(self.judged | self.delisted), dtype=np.int32),
             out_of_stock=self.rows_of(self.out_of_stock).astype(np.int32),
         )
-
-
-def _base_of(bundle: Bundle) -> SidIndex:
-    index = bundle.retriever.index
-    return index.base if isinstance(index, SegmentedIndex) else index
 
 
 def _places_of(base: SidIndex, rows: NDArray[np.int32]) -> NDArray[np.int64]:

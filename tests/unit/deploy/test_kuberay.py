@@ -16,7 +16,7 @@ import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from genrecall.serving.deployments import RecallSettings
+from genrecall.serving.recall_settings import RecallSettings
 
 ROOT = Path(__file__).parents[3]
 KUBERAY = ROOT / "deploy" / "kuberay"

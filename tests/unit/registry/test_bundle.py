@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from genrecall.config import ConfigError, apply_overrides
-from genrecall.registry.bundle import BundleConfig, BundleError, build_bundle, load_bundle
+from genrecall.registry.bundle import BundleConfig, BundleError, build_bundle, check_coverage, load_bundle
+from genrecall.registry.catalogue_log import CatalogueLog
+from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.storage import ArtifactError, sha256_of
 
 
@@ -151,3 +153,54 @@ def test_warm_up_answers_within_rounding_pass(copied):
 def test_the_config_says_what_is_wrong():
     with pytest.raises(ConfigError, match="warm_up_requests: must be at least 1, got 0"):
         apply_overrides(BundleConfig(), ["warm_up_requests=0"])
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Items a and b added (1, 2), c delisted (3), a delisted and c listed again (4: c, 5: a)."""
+    log = CatalogueLog(tmp_path / "log")
+    log.append([ItemRecord(item_id="a", title="hose"), ItemRecord(item_id="b", title="lamp")], ["c"])
+    log.append([ItemRecord(item_id="c", title="rake")], ["a"])
+    return log
+
+
+def test_items_hold_the_changes_that_no_later_one_replaces(log):
+    check_coverage(["b"], log, 3)  # a and c change again later: servers replay that
+    check_coverage(["a", "b", "c"], log, 3)
+    check_coverage(["b", "c"], log, 5)
+    check_coverage(["b", "c"], log, 0)
+
+
+@pytest.mark.parametrize(
+    ("items", "sequence", "message"),
+    [
+        (["a"], 3, r"lacks items that were added by change 3: 'b'; give the number that a server named before the items were exported"),
+        (["b"], 5, r"lacks items that were added by change 5: 'c'"),
+        (["a", "b", "c"], 5, r"holds items that were delisted by change 5: 'a'"),
+        (["b", "c"], 6, r"bundle\.catalog_seq: expected at most 5, the last change in .*log, got 6"),
+    ],
+)
+def test_items_that_claim_more_changes_than_they_hold_are_refused(log, items, sequence, message):
+    with pytest.raises(BundleError, match=message):
+        check_coverage(items, log, sequence)
+
+
+def test_coverage_outlives_a_compaction(log):
+    log.compact(covered=3)
+    check_coverage(["b", "c"], log, 5)
+    check_coverage(["b"], log, 3)
+    with pytest.raises(BundleError, match="holds items that were delisted by change 5: 'a'"):
+        check_coverage(["a", "c"], log, 5)
+
+
+def test_a_bundle_records_the_changes_that_its_items_hold(untrained_line, tmp_path):
+    log = CatalogueLog(tmp_path / "log")
+    log.append([], ["gone before the export"])
+    log.append([ItemRecord(item_id="later", title="hose")])
+    parts = untrained_line.parts()
+    built = build_bundle(BundleConfig(warm_up_beam_size=5, catalog_seq=1), **parts, uri=str(tmp_path / "bundle"), log=log)
+    assert load_bundle(built.path).catalog_seq == built.json("bundle.json")["catalog_seq"] == 1
+    with pytest.raises(BundleError, match="lacks items that were added by change 2: 'later'"):
+        build_bundle(BundleConfig(warm_up_beam_size=5, catalog_seq=2), **parts, uri=str(tmp_path / "other"), log=log)
+    assert not (tmp_path / "other").exists()
+    assert load_bundle(untrained_line().path, verify=False).catalog_seq == 0

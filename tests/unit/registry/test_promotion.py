@@ -8,7 +8,8 @@ import pytest
 
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.evaluation.gates import GateConfig
-from genrecall.registry.promotion import RegistryConfig, current_champion, promote, register, rollback
+from genrecall.registry.bundle import BundleConfig, build_bundle
+from genrecall.registry.promotion import RegistryConfig, current_champion, least_covered, promote, register, rollback
 from genrecall.registry.versions import RegistryError, resolve
 
 GATES = GateConfig(guarded=("channels/generative/recall@100",), required_lower_bounds=())
@@ -103,3 +104,20 @@ def test_mlflow_itself_can_score_a_version(registry, versions):
 def test_a_model_name_that_no_address_can_hold_is_a_config_error():
     with pytest.raises(ConfigError, match="model_name: expected letters"):
         apply_overrides(RegistryConfig(), ["model_name=a/b"])
+
+
+def test_the_log_may_be_compacted_as_far_as_the_versions_an_alias_move_away_cover(registry, untrained_line, tmp_path):
+    assert least_covered("shop") is None
+    for number, covered in enumerate((40, 30, 50), start=1):
+        config = BundleConfig(warm_up_beam_size=5, catalog_seq=covered)
+        bundle = build_bundle(config, **untrained_line.parts(), uri=str(tmp_path / f"bundle{number}"))
+        version = register(bundle, "shop", metrics={})
+        assert registry.get_model_version("shop", str(version.number)).tags["genrecall.catalog_seq"] == str(covered)
+    assert least_covered("shop") == (50, 3)  # the challenger alone
+    first, second = (resolve(f"models:/shop/{number}", registry) for number in (1, 2))
+    promote(first, GATES)
+    assert least_covered("shop") == (40, 1)
+    promote(second, GATES)
+    assert least_covered("shop") == (30, 2)
+    registry.delete_model_version_tag("shop", "1", "genrecall.catalog_seq")  # the champion before, registered by an older release
+    assert least_covered("shop") == (0, 1)

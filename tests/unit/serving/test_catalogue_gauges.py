@@ -11,7 +11,8 @@ from genrecall.registry.catalogue_log import CatalogueLog
 from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.serving import catalogue_gauges
 from genrecall.serving.catalogue_gauges import CatalogueGauges
-from genrecall.serving.live_catalogue import DriftLimits, LiveBundle
+from genrecall.serving.drift import DriftLimits
+from genrecall.serving.live_catalogue import LiveBundle
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from pydantic import ValidationError
 
 from genrecall.serving import recall_pb2, recall_pb2_grpc
 from genrecall.serving.api_keys import ApiKeyError
-from genrecall.serving.deployments import RecallDeployment, RecallSettings, refuse_open_grpc, refuse_open_port
+from genrecall.serving.deployments import RecallDeployment
+from genrecall.serving.open_ports import refuse_open_grpc, refuse_open_port
+from genrecall.serving.recall_settings import RecallSettings
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
-from genrecall.registry.bundle import BundleError
+from genrecall.registry.bundle import BundleConfig, BundleError, build_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError
 from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.promotion import register
@@ -259,3 +259,23 @@ def test_without_a_folder_of_logs_a_bundle_is_served_as_it_was_built(registry, v
     assert follower.log is None
     assert follower.up_to_date(first) is first
     assert first.versions.catalog_seq == 0
+
+
+def test_a_swap_replays_what_the_new_bundle_does_not_hold_itself(registry, versions, untrained_line, tmp_path):
+    follower = BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path)
+    first = follower.load()
+    site = CatalogueLog(tmp_path / "shop")
+    site.append([], ["gone before the export"])
+    site.append([ItemRecord(item_id="n0", title="soaker hose", category_path=("Home",))], ["i00"])
+    config = BundleConfig(warm_up_beam_size=5, catalog_seq=1)
+    version = register(build_bundle(config, **untrained_line.parts(seed=1), uri=str(tmp_path / "bundle"), log=site), "shop", metrics={})
+    assert site.compact(covered=1).dropped == 1
+    move(registry, version.number)
+    second = follower.newer(first)
+    assert (second.version.number, second.bundle.published.catalog_seq, second.versions.catalog_seq) == (version.number, 1, 3)
+    assert {"n0"} == set(titles(second)) - set(titles(first))
+    assert "i00" not in titles(second)
+    # The version before holds nothing of the log itself, and the dropped tombstone is one that it would need.
+    move(registry, 2)
+    assert follower.newer(second) is None
+    assert "serve a bundle that covers 1 or more" in follower.refused

@@ -21,7 +21,8 @@ from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError
 from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.versions import Version
 from genrecall.serving import live_catalogue
-from genrecall.serving.live_catalogue import Drift, DriftLimits, LiveBundle
+from genrecall.serving.drift import Drift, DriftLimits
+from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.messages import Filters, RecallRequest
 from genrecall.serving.recall_service import ServedBundle, answer_batch
 from genrecall.sid.assign import load_assigner

@@ -55,6 +55,12 @@ def test_a_plan_without_bounds_is_refused(loads, wrong):
         loads.Plan(**{"port": 1, "key": "", "queries": ["x"], **wrong})
 
 
+@pytest.mark.parametrize("more", [{"clients": None, "rate": 1.0}, {"batch_every": 4}, {"retries": 1}])
+def test_grpc_is_asked_in_a_closed_loop_of_single_requests(loads, more):
+    with pytest.raises(ValueError, match="grpc: expected a closed loop"):
+        loads.Plan(**{"port": 1, "key": "", "queries": ["x"], "clients": 1, "grpc": True, **more})
+
+
 def test_every_request_asks_another_query_until_all_were_asked_and_batches_come_in_between(loads):
     asked = loads.Asked(loads.Plan(port=1, key="", queries=["a", "b", "c"], clients=1, batch_every=4, keep_every=2))
     requests = [asked.next_request() for _ in range(8)]
