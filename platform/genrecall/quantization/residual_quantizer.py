@@ -174,7 +174,7 @@ class ResidualQuantizer(nn.Module):
         counts.copy_(torch.bincount(chosen, minlength=len(counts)))
         statistics /= rows
         _average_over_workers(statistics)
-        parts = zip(self.levels, counts.split(sizes), totals.split(sizes), strict=True)
+        parts = zip(self.levels, torch.split(counts, sizes), torch.split(totals, sizes), strict=True)
         for number, (level, share, total) in enumerate(parts):
             book = cast(_Codebook, level)
             book.share.lerp_(share, 1 - self.decay)
