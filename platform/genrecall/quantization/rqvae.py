@@ -3,8 +3,7 @@
 Source: CQ-SID (arXiv:2605.14434) on RQ-VAE (arXiv:2203.01941, for recommendation TIGER, arXiv:2305.05065).
 Loss = |x - x'|^2 + beta * sum_l |z_l - sg(e_l)|^2 + gamma * InfoNCE; squares are sums over feature dimensions, means over rows.
 
-Deviations: the query term is the mean of three, of the latents before quantisation (where the paper has it), as their first two codes and as all three
-tell them, so that what queries ask for lies in the codes too. Encoder and decoder are a linear map plus an MLP that starts at zero; the linear part starts from the principal
+Deviations: encoder and decoder are a linear map plus an MLP that starts at zero; the linear part starts from the principal
 components of the embeddings and the codes from k-means, which takes minutes of warm-up away.
 
 Shapes: B rows, D embedding dimension, Z latent dimension, Dq query embedding dimension.
@@ -112,9 +111,7 @@ def rqvae_loss(
         assert model.query_projection is not None
         assert has_query is not None
         assert positive is not None
-        projected = model.query_projection(queries)
-        told = (z, z - quantized.inputs[2], quantized.straight_through)  # by the latent, its first two codes, all three
-        contrast = torch.stack([bidirectional_info_nce(one, projected, has_query, positive, temperature=temperature) for one in told]).mean()
+        contrast = bidirectional_info_nce(z, model.query_projection(queries), has_query, positive, temperature=temperature)
         loss = loss + gamma * contrast
         metrics["query_contrast"] = contrast.detach()
     return LossParts(loss, metrics, quantized)
