@@ -51,6 +51,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "marketplace": (
             "data.marketplace_size=medium",
             "quantizer.level_sizes=[256,4,4]",
+            "quantizer.gamma=0.2",
             "generator.stage1.steps=200",
             "generator.stage2.steps=600",
             "generator.stage3.steps=200",
@@ -62,6 +63,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "marketplace": (
             "data.marketplace_size=large",
             "quantizer.level_sizes=[256,8,8]",
+            "quantizer.gamma=0.2",
             "generator.stage1.steps=400",
             "generator.stage2.steps=800",
             "generator.stage3.steps=200",
