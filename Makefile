@@ -7,7 +7,10 @@ MODEL ?=
 SOAK_MINUTES ?= 30
 export GENRECALL_HOME ?= $(CURDIR)/artifacts
 export GENRECALL_DATA ?= $(abspath $(CURDIR)/../shared/data)
+# A remote home has no room for a sqlite file: there the registry must be named.
+ifeq (,$(findstring ://,$(GENRECALL_HOME)))
 export MLFLOW_TRACKING_URI ?= sqlite:///$(GENRECALL_HOME)/mlflow.db
+endif
 export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
 
@@ -31,7 +34,7 @@ demo: setup ## run the whole line on the built-in marketplace and print the resu
 pipeline: setup ## run the whole line for RECIPE=home_depot, amazon_scientific, ...
 	$(BIN)/python jobs/run_pipeline.py --recipe $(RECIPE)
 
-serve: setup ## serve the champion on http://127.0.0.1:8000
+serve: setup ## serve the champion (or MODEL=models:/NAME@ALIAS, with default settings) on http://127.0.0.1:8000
 	$(BIN)/serve run $(if $(MODEL),serve_apps.recall:app model=$(MODEL),serve_apps/recall.yaml)
 
 mlflow: setup ## show runs, models and aliases on http://127.0.0.1:5000
@@ -52,5 +55,5 @@ lint: setup ## ruff, import contracts, mypy
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest
 
-clean: ## delete what runs have made (not the environment)
-	rm -rf $(GENRECALL_HOME) .pytest_cache .mypy_cache .ruff_cache
+clean: ## delete ./artifacts and caches (never another GENRECALL_HOME, and not the environment)
+	rm -rf $(CURDIR)/artifacts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -3,11 +3,13 @@
     python jobs/run_pipeline.py --recipe marketplace
     ray job submit --runtime-env jobs/runtime_env.yaml -- python jobs/run_pipeline.py --recipe tiny
 
-Stages whose artifacts already match are skipped; a killed stage goes on from its last checkpoint.
+Stages whose artifacts already match are skipped; a killed training goes on from its last checkpoint.
 """
 
+import shlex
+
 from genrecall.evaluation.results_table import results_table
-from genrecall.pipeline import command_line, promote_if_it_passes, register_bundle
+from genrecall.pipeline import command_line, example_request, promote_if_it_passes, register_bundle
 from genrecall.tracking import stage_run
 
 
@@ -24,7 +26,7 @@ def main() -> None:
     print(f"registered  models:/{version.text}   {promotion}")
     print("\nnext:")
     print(f"  make serve MODEL=models:/{version.name}@champion      # answers on http://127.0.0.1:8000")
-    print('  curl -s http://127.0.0.1:8000/v1/recall -H \'content-type: application/json\' -d \'{"query": "...", "limit": 5}\'')
+    print(f"  curl -s http://127.0.0.1:8000/v1/recall -H 'content-type: application/json' -d {shlex.quote(example_request(artifacts['dataset']))}")
     print("  make mlflow                                            # runs, metrics, versions and aliases on http://127.0.0.1:5000")
 
 

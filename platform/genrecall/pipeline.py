@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
@@ -25,6 +26,8 @@ import mlflow
 import ray
 
 from genrecall.config import ConfigError, Places, apply_overrides, places, to_dict
+from genrecall.data.catalog import load_catalog
+from genrecall.data.interactions import load_requests
 from genrecall.data.search_logs import prepare_data
 from genrecall.encoders.contrastive import train_encoder
 from genrecall.evaluation.offline import evaluate
@@ -263,3 +266,10 @@ def promote_if_it_passes(version: Version, recipe: Recipe) -> str:
     if report.passed:
         return "champion"
     return "challenger; not promoted: " + "; ".join(report.reasons)
+
+
+def example_request(dataset: Artifact) -> str:
+    """The body of a request to try the channel with: the query that most test requests ask, the first of equals by alphabet."""
+    asked = Counter(query for query in load_requests(dataset, "test", load_catalog(dataset)).queries if query)
+    query = min(asked, key=lambda one: (-asked[one], one), default="")
+    return json.dumps({"query": query, "limit": 5}, ensure_ascii=False)

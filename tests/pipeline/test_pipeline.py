@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import mlflow
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
 
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.evaluation.results_table import results_table
-from genrecall.pipeline import Pipeline, promote_if_it_passes, register_bundle
+from genrecall.pipeline import Pipeline, example_request, promote_if_it_passes, register_bundle
 from genrecall.recipes import RECIPES
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.versions import fetch_bundle, resolve
@@ -64,6 +66,14 @@ def test_registered_version_is_champion_and_holds_the_bundle(tiny_pipeline: Pipe
     [title] = [item["title"] for item in bundle.shown([0])]
     [result] = bundle.retriever.recall([title], [None], [None], [np.zeros(0, np.int32)], beam_size=10, limit=10)
     assert len(result.item_rows) == 10
+
+
+def test_the_example_request_asks_what_shoppers_ask_most(tiny_pipeline: Pipeline) -> None:
+    dataset = tiny_pipeline.existing("dataset")
+    body = json.loads(example_request(dataset))
+    queries = [query for file in dataset.file("requests/test").glob("*.parquet") for query in pq.read_table(file)["query"].to_pylist()]
+    assert body["limit"] == 5
+    assert queries.count(body["query"]) == max(queries.count(query) for query in set(queries)) > 0
 
 
 def test_the_models_metrics_are_linked_to_it_in_mlflow(tiny_pipeline: Pipeline) -> None:
