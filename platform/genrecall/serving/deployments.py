@@ -258,7 +258,7 @@ class RecallDeployment:
             time.sleep(self._settings.follow_s)
             self._keys.refresh()
             self._admin_keys.refresh()
-            found = self._follower.newer(self._served)
+            found = self._follower.newer(self._served, self._challenger.served)
             self._metrics.refuses(self._follower.refused is not None)
             if found is not None:
                 self._swap(found)
