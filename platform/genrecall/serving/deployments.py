@@ -132,6 +132,8 @@ class RecallDeployment:
                 return await self._recall("challenger", request, arrived)
             except OverloadedError:
                 raise
+            except VersionNotLoadedError as error:  # nothing failed
+                logger.info("the champion answers: %s", error)
             except Exception as error:  # the edge: whatever is wrong with the challenger, the champion answers
                 self._challenger.failed(error)
         response = await self._recall("champion", request, arrived)
@@ -156,6 +158,12 @@ class RecallDeployment:
         try:
             response = await self._batcher.submit(role, Waiting(request, arrived))
             outcome = "late" if response is None else "ok"
+        except asyncio.CancelledError:
+            outcome = "gone"
+            raise
+        except VersionNotLoadedError:
+            outcome = "not_loaded"
+            raise
         finally:
             self._waiting -= 1
             self._metrics.count(outcome, role)
@@ -183,6 +191,9 @@ class RecallDeployment:
                     outcome = "late"
                     raise LateError("the deadline of a request of the batch passed before its turn came")
             outcome = "ok"
+        except asyncio.CancelledError:
+            outcome = "gone"
+            raise
         finally:
             self._waiting -= len(requests)
             self._metrics.count(outcome, "champion", len(requests))

@@ -192,3 +192,9 @@ def test_where_the_challenger_fails_the_champion_answers_and_it_is_counted():
         replica.ask(version="challenger")
     with pytest.raises(VersionNotLoadedError, match="no challenger is loaded"):
         Replica(loaded=False).ask(version="challenger")
+
+
+def test_where_the_challenger_is_taken_out_meanwhile_the_champion_answers_and_nothing_failed():
+    replica = Replica(canary=True, error=VersionNotLoadedError("the challenger was taken out of service"))
+    assert replica.ask() == "answer of the champion"
+    assert (replica.calls, replica.failures) == (["challenger", "champion"], [])
