@@ -23,7 +23,7 @@ class RecallSettings(BaseModel):
         beam_sizes: widest, middle, narrowest; which one depends on how many requests wait.
         max_batch_size: requests decoded together.
         max_waiting: requests a replica holds at a time; more get 503 with Retry-After. Below `max_ongoing_requests`.
-        follow_s: seconds between two looks at the registry; 0: never.
+        follow_s: seconds between two looks at the registry and the key files; 0: never at the registry, at the key files every 10 s.
         catalogue_folder: folder of the catalogue logs, one of each model's name, on a file system that all replicas share; default: `catalogue` in
             `GENRECALL_HOME` where that is a folder.
         catalogue_follow_s: seconds between two looks at the log.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from genrecall.serving import recall_pb2, recall_pb2_grpc
+from genrecall.registry.promotion import register
+from genrecall.serving import deployments, recall_pb2, recall_pb2_grpc
 from genrecall.serving.api import LateError, VersionNotLoadedError
 from genrecall.serving.api_keys import ApiKeyError
 from genrecall.serving.deployments import RecallDeployment
@@ -94,6 +96,38 @@ def test_grpc_needs_a_key_whatever_the_host():
 def test_haproxy_needs_a_key_whatever_the_host():
     with pytest.raises(ApiKeyError, match="opens its ports on all interfaces"):
         refuse_open_port("127.0.0.1", behind_haproxy=True)
+
+
+class Stop(Exception):
+    """Ends a loop that has no end."""
+
+
+@pytest.mark.parametrize("follow_s", [0, 30])
+def test_keys_are_rotated_whether_or_not_the_registry_is_followed(registry, untrained_line, tmp_path, monkeypatch, follow_s):
+    register(untrained_line(), "shop", metrics={})
+    keys = tmp_path / "keys"
+    keys.write_text("a" * 16)
+    started, slept, looks = {}, [], []
+    thread = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr(
+        deployments, "threading", SimpleNamespace(Lock=threading.Lock, Thread=lambda target, name, **_: started.setdefault(name, target) and thread)
+    )
+    settings = RecallSettings(model="models:/shop/1", follow_s=follow_s, api_keys_file=str(keys), beam_sizes=(5, 4, 3))
+    plain = RecallDeployment.func_or_class.__bases__[0]  # without Serve's part
+    replica = plain(settings.model_dump(), registry.tracking_uri)
+    monkeypatch.setattr(replica._follower, "newer", lambda *_: looks.append(1))
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) > 1:
+            raise Stop
+
+    monkeypatch.setattr(deployments, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic, perf_counter=time.perf_counter))
+    keys.write_text("b" * 16)
+    with pytest.raises(Stop):
+        started["follower"]()
+    assert (replica._keys.accept(b"a" * 16), replica._keys.accept(b"b" * 16)) == (False, True)
+    assert (slept[0], len(looks)) == ((30, 1) if follow_s else (10, 0))
 
 
 class Replica:
