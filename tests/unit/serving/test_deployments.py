@@ -177,7 +177,9 @@ async def ask(replica, batch):
 
 @pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize(
-    ("answer", "outcome", "error"), [(hang, "gone", TimeoutError), (broken, "failed", ZeroDivisionError), (late, "late", LateError)], ids=["hang", "broken", "late"]
+    ("answer", "outcome", "error"),
+    [(hang, "gone", TimeoutError), (broken, "failed", ZeroDivisionError), (late, "late", LateError)],
+    ids=["hang", "broken", "late"],
 )
 def test_who_waits_no_longer_is_not_counted_as_a_failure_of_the_engine(batch, answer, outcome, error):
     replica = Replica(answer)
