@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -31,11 +30,11 @@ from genrecall.registry.versions import (
     PROMOTED_AT_TAG,
     RegistryError,
     Version,
-    fetch_bundle,
+    fetch_metrics,
     is_address,
     resolve,
 )
-from genrecall.storage import MANIFEST, Artifact, open_artifact, sha256_of
+from genrecall.storage import MANIFEST, Artifact, sha256_of
 
 PREVIOUS_TAG = "genrecall.previous_champion"
 CATALOG_SEQ_TAG = "genrecall.catalog_seq"
@@ -121,7 +120,7 @@ def promote(version: Version, gates: GateConfig) -> GateReport:
     champion = current_champion(version.name)
     if champion is not None and champion.number == version.number:
         return GateReport(passed=True, reasons=[f"{version.text} is the champion already"])
-    report = check_gates(_metrics(version, client), _metrics(champion, client) if champion else None, gates)
+    report = check_gates(fetch_metrics(version, client), fetch_metrics(champion, client) if champion else None, gates)
     if report.passed:
         if champion is not None:
             client.set_model_version_tag(version.name, str(version.number), PREVIOUS_TAG, str(champion.number))
@@ -188,7 +187,3 @@ def _set_champion(client: MlflowClient, version: Version) -> None:
     aliases = client.get_registered_model(version.name).aliases
     if str(aliases.get(CHALLENGER)) == str(version.number):
         client.delete_registered_model_alias(version.name, CHALLENGER)
-
-
-def _metrics(version: Version, client: MlflowClient) -> dict[str, Any]:
-    return dict(open_artifact(str(fetch_bundle(version, client)), kind="bundle").json("metrics.json"))

@@ -31,7 +31,7 @@ class BundleFollower:
         address: `models:/NAME@champion`, `models:/NAME/NUMBER` or `latest-champion`. The model that `latest-champion` means at
             the first load is followed from then on.
         tracking_uri: of the registry.
-        cache: folder for downloaded bundles; None reads a local store in place.
+        cache: as for `fetch_bundle`.
         catalogues: folder of the catalogue logs, one of each model's name; None: bundles are served as they were built.
 
     Attributes:
