@@ -65,7 +65,8 @@ class RegistryConfig:
 def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float]) -> Version:
     """Register a bundle as the next version of `model_name` and give it the alias `challenger`.
 
-    A bundle that is registered already (same manifest) keeps its version and aliases. Runs inside the active MLflow run, else in one of its own.
+    A bundle that is registered already (same manifest) keeps its version and aliases; where that was cut short, it is registered anew. Runs inside the active
+    MLflow run, else in one of its own.
 
     Args:
         metrics: the evaluation's headline numbers; linked to the logged model.
@@ -90,10 +91,15 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
         )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id)
     number = str(info.registered_model_version)
-    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)
     client.set_model_version_tag(model_name, number, CATALOG_SEQ_TAG, str(bundle.json("bundle.json").get("catalog_seq", 0)))
     client.set_registered_model_alias(model_name, CHALLENGER, number)
+    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)  # last: a version that has it is complete
     return resolve(f"models:/{model_name}/{number}", client)
+
+
+def aliases_of(version: Version) -> list[str]:
+    """The aliases that a version has now, sorted."""
+    return sorted(MlflowClient().get_model_version(version.name, str(version.number)).aliases)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.evaluation.gates import GateConfig
 from genrecall.registry.bundle import BundleConfig, build_bundle
-from genrecall.registry.promotion import RegistryConfig, current_champion, least_covered, promote, register, rollback
+from genrecall.registry.promotion import RegistryConfig, aliases_of, current_champion, least_covered, promote, register, rollback
 from genrecall.registry.versions import RegistryError, resolve
 
 GATES = GateConfig(guarded=("channels/generative/recall@100",), required_lower_bounds=())
@@ -34,6 +34,21 @@ def test_a_new_version_becomes_challenger(registry, versions):
 def test_registering_the_same_bundle_again_keeps_its_version(registry, versions, untrained_line):
     assert register(untrained_line(recall=0.5), "shop", metrics={}) == versions[0]
     assert len(registry.search_model_versions("name='shop'")) == 2
+
+
+@pytest.mark.parametrize("cut_at", ["set_model_version_tag", "set_registered_model_alias"])
+def test_a_registration_that_was_cut_short_is_made_whole_by_the_next(registry, untrained_line, monkeypatch, cut_at):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.tracking.MlflowClient, cut_at, cut)
+        with pytest.raises(KeyboardInterrupt):
+            register(untrained_line(), "shop", metrics={})
+    version = register(untrained_line(), "shop", metrics={})
+    assert aliases_of(version) == ["challenger"]
+    assert aliases(registry) == {"challenger": version.number}
+    assert register(untrained_line(), "shop", metrics={}) == version
 
 
 def test_metrics_are_linked_to_the_logged_model(registry, versions):
