@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlflow
 import pandas as pd
 import pytest
@@ -93,6 +95,33 @@ def test_rollback_gives_champion_back_one_step_at_a_time(registry, versions, unt
     with pytest.raises(RegistryError, match="shop: version 2 was the first champion; there is nothing to roll back to"):
         rollback("shop")
     assert aliases(registry) == {"champion": 2}
+
+
+def test_a_version_that_was_rolled_back_from_is_promoted_again_only_by_name(registry, versions, untrained_line):
+    for version in versions[::-1]:
+        promote(version, GATES)
+    assert rollback("shop") == versions[1]
+    again = register(untrained_line(recall=0.5), "shop", metrics={})  # what a scheduled run finds where no artifact changed
+    assert again == versions[0]
+    report = promote(again, GATES)
+    assert not report.passed
+    (reason,) = report.reasons
+    assert re.fullmatch(r"shop/1 was rolled back from at 20\d\d-\S+\+00:00; train another, or name it: jobs/promote\.py --version 1", reason)
+    assert aliases(registry) == {"champion": 2}
+    assert promote(again, GATES, named=True).passed
+    assert aliases(registry) == {"champion": 1}
+    assert "genrecall.rolled_back_at" not in registry.get_model_version("shop", "1").tags
+    assert promote(versions[0], GATES).passed  # it is the champion already
+    assert rollback("shop") == versions[1]
+    assert not promote(again, GATES).passed
+
+
+def test_naming_a_version_that_was_rolled_back_from_opens_no_gate(registry, versions):
+    for version in versions:
+        promote(version, GateConfig(guarded=(), required_lower_bounds=()))
+    rollback("shop")
+    assert not promote(versions[1], GATES, named=True).passed
+    assert "genrecall.rolled_back_at" in registry.get_model_version("shop", "2").tags
 
 
 def test_rollback_without_a_champion_says_so(registry, versions):
