@@ -78,7 +78,7 @@ class QueryTokenizer:
     def folds_text(self) -> bool:
         """Whether case, compatibility forms (NFKC) and white space make no difference to a text's tokens: so in one that `train` made, not in most others."""
         normalizer = self._tokenizer.normalizer
-        return normalizer is not None and normalizer.normalize_str(_UNFOLDED) == _FOLDED
+        return normalizer is not None and bool(normalizer.normalize_str(_UNFOLDED) == _FOLDED)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, genders: Iterable[str | None] = (), age_bands: Iterable[str | None] = ()) -> QueryTokenizer:
