@@ -1,7 +1,7 @@
 """Move the alias `champion`: to a version that passes the gates, or back to the version before.
 
     python jobs/promote.py --recipe home_depot                 # the challenger, if the gates let it
-    python jobs/promote.py --recipe home_depot --version 3
+    python jobs/promote.py --recipe home_depot --version 3     # this one, also if it was rolled back from
     python jobs/promote.py --recipe home_depot --rollback
 
 Servers that follow the alias take the version into service by themselves. Exit status 1 where the gates refuse, 2 where there is no such version.
@@ -32,8 +32,8 @@ def main() -> None:
         if arguments.rollback:
             print(f"champion of {name} is version {rollback(name).number} again")
             return
-        version = resolve(f"models:/{name}/{arguments.version}" if arguments.version else f"models:/{name}@challenger", MlflowClient())
-        report = promote(version, pipeline.recipe.registry.gates)
+        version = resolve(f"models:/{name}/{arguments.version}" if arguments.version is not None else f"models:/{name}@challenger", MlflowClient())
+        report = promote(version, pipeline.recipe.registry.gates, named=arguments.version is not None)
     except (RegistryError, BundleError, ArtifactError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

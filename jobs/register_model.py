@@ -1,6 +1,7 @@
 """Bundle the line's artifacts and register them as the next model version, alias `challenger`."""
 
 from genrecall.pipeline import command_line, register_bundle
+from genrecall.registry.promotion import aliases_of
 
 
 def main() -> None:
@@ -8,7 +9,8 @@ def main() -> None:
     pipeline, _ = command_line(__doc__ or "")
     pipeline.bundle()
     version = register_bundle(pipeline)
-    print(f"registered models:/{version.text} (challenger); to promote it: python jobs/promote.py --recipe {pipeline.recipe.name}")
+    aliases = ", ".join(aliases_of(version)) or "no alias"
+    print(f"registered models:/{version.text} ({aliases}); to promote it: python jobs/promote.py --recipe {pipeline.recipe.name} --version {version.number}")
 
 
 if __name__ == "__main__":

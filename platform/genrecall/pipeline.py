@@ -38,7 +38,7 @@ from genrecall.ranking.ranker import train_ranker
 from genrecall.recipes import MAIN_VARIANT, RECIPES, Recipe
 from genrecall.registry.bundle import build_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
-from genrecall.registry.promotion import promote, register
+from genrecall.registry.promotion import aliases_of, promote, register
 from genrecall.registry.versions import Version
 from genrecall.rl.eg_grpo import align_generator
 from genrecall.sid.build import build_sid_index
@@ -261,11 +261,10 @@ def register_bundle(pipeline: Pipeline) -> Version:
 
 
 def promote_if_it_passes(version: Version, recipe: Recipe) -> str:
-    """Promote a version through the recipe's gates and say in a line what came of it."""
+    """Promote a version through the recipe's gates and say in a line what came of it: the aliases that it has now, and why `champion` is not among them."""
     report = promote(version, recipe.registry.gates)
-    if report.passed:
-        return "champion"
-    return "challenger; not promoted: " + "; ".join(report.reasons)
+    aliases = ", ".join(aliases_of(version)) or "no alias"
+    return aliases if report.passed else f"{aliases}; not promoted: {'; '.join(report.reasons)}"
 
 
 def example_request(dataset: Artifact) -> str:

@@ -13,11 +13,13 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from typing import Any
 import fsspec
 
 from genrecall.config import config_hash, to_dict
+
+logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -188,20 +192,21 @@ def open_artifact(uri: str, *, kind: str | None = None) -> Artifact:
     """Open an artifact folder, local or remote (`s3://...`), and check every file against the manifest.
 
     Args:
-        uri: folder path or object-store prefix. A remote one is copied to a local cache folder first.
+        uri: folder path or object-store prefix. A remote one is copied to `cache_folder` first; a copy that is damaged is fetched once more.
         kind: what it must be, e.g. `"encoder"`.
 
     Raises:
-        ArtifactError: no artifact there, wrong kind, a file missing or changed.
+        ArtifactError: no artifact there, wrong kind, a file missing or changed; or a cache folder that cannot be trusted.
     """
     manifest = read_manifest(uri)
     if manifest is None:
         raise ArtifactError(f"{uri}: no {kind or 'artifact'} here (no {MANIFEST}); run jobs/{_JOB_OF_KIND.get(kind or '', 'run_pipeline')}.py first")
     if kind is not None and manifest.get("kind") != kind:
         raise ArtifactError(f"{uri}: expected an artifact of kind {kind!r}, found {manifest.get('kind')!r}")
-    path = _download(uri, manifest) if "://" in uri else Path(uri)
-    check_files(path, manifest, uri)
-    return Artifact(uri=uri, path=path, manifest=manifest)
+    if "://" in uri:
+        return Artifact(uri=uri, path=_download(uri, manifest), manifest=manifest)
+    check_files(Path(uri), manifest, uri)
+    return Artifact(uri=uri, path=Path(uri), manifest=manifest)
 
 
 def read_manifest(uri: str) -> dict[str, Any] | None:
@@ -254,6 +259,57 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where copies of what lies in remote stores are kept: `GENRECALL_CACHE`, else a folder that is this user's alone under the temporary one.
+
+    Raises:
+        ArtifactError: that folder is another user's or open to others, who could change what is in it after it was checked.
+    """
+    if given := os.environ.get("GENRECALL_CACHE"):
+        return Path(given)
+    folder = Path(tempfile.gettempdir()) / f"genrecall-cache-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ArtifactError(f"{folder}: expected a folder of this user's alone (mode 0700); remove it, or name another one in GENRECALL_CACHE")
+    return folder
+
+
+def cached(target: Path, fetch: Callable[[Path], Path], check: Callable[[Path], object]) -> Path:
+    """The folder `target` of a cache, which `check` found to be whole; fetched where it is not there, and once more where it is damaged.
+
+    Args:
+        fetch: (an empty folder) -> the folder in it, or itself, that is to be kept.
+        check: raises ValueError where a folder is not what it should be; what was just fetched and is not is not kept.
+    """
+    if target.is_dir():
+        try:
+            check(target)
+            return target
+        except ValueError as error:
+            logger.warning("%s: the copy is damaged and is fetched again: %s", target, error)
+            aside = target.parent / f".{uuid.uuid4().hex}.old"
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                target.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    partial = target.parent / f".{uuid.uuid4().hex}.tmp"
+    partial.mkdir(parents=True)
+    try:
+        folder = fetch(partial)
+        check(folder)
+        _sync_tree(folder)
+        try:
+            folder.rename(target)
+        except OSError:  # another process was faster
+            if not target.is_dir():
+                raise
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
 def remove_tree(uri: str) -> None:
     """Delete a folder and all in it, local or remote; nothing happens where there is none."""
     filesystem, root = fsspec.core.url_to_fs(uri)
@@ -280,22 +336,27 @@ def _write_synced(path: Path, text: str) -> None:
 
 def _replace(source: Path, target: Path) -> None:
     """Rename `source` to `target`; an artifact already there is moved aside first and deleted after."""
-    for file in source.rglob("*"):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    _sync_tree(source)
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
     if target.exists():
         target.rename(aside)
     source.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+    _sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _upload(source: Path, uri: str) -> None:
@@ -310,23 +371,22 @@ def _upload(source: Path, uri: str) -> None:
 
 
 def _download(uri: str, manifest: Mapping[str, Any]) -> Path:
-    """Copy a remote artifact into the local cache, whole or not at all."""
-    cache = Path(os.environ.get("GENRECALL_CACHE", Path(tempfile.gettempdir()) / f"genrecall-cache-{os.getuid()}"))
-    target = cache / manifest_hash(manifest)
-    if (target / MANIFEST).exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = cache / f".{uuid.uuid4().hex}.tmp"
+    """A remote artifact's copy in the cache, whole and checked."""
     filesystem, root = fsspec.core.url_to_fs(uri)
-    try:
+
+    def fetch(folder: Path) -> Path:
         for name in [*manifest["files"], MANIFEST]:
-            destination = (partial / name).resolve()
-            if not destination.is_relative_to(partial.resolve()):
+            destination = (folder / name).resolve()
+            if not destination.is_relative_to(folder.resolve()):
                 raise ArtifactError(f"{uri}: file name {name!r} leaves the artifact's folder")
             destination.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(f"{root}/{name}", str(destination))
-        with contextlib.suppress(OSError):  # another process was faster
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+        return folder
+
+    def check(folder: Path) -> None:
+        found = read_manifest(str(folder))
+        if found is None or manifest_hash(found) != manifest_hash(manifest):
+            raise ArtifactError(f"{uri}: its {MANIFEST} changed while it was copied; try again")
+        check_files(folder, manifest, uri)
+
+    return cached(cache_folder() / manifest_hash(manifest), fetch, check)

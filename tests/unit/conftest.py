@@ -1,7 +1,8 @@
-"""A registry of one's own for each test."""
+"""A registry of one's own for each test, and an object store."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,3 +34,24 @@ def registry(empty_registry: Path, tmp_path: Path) -> Iterator[MlflowClient]:
     assert experiment is not None
     yield MlflowClient(uri, registry_uri=uri)
     mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket on a mock server of the real API."""
+    import boto3
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    boto3.client("s3").create_bucket(Bucket="artifacts")
+    yield "s3://artifacts"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

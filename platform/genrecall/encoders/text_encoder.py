@@ -29,9 +29,14 @@ class EncoderFileError(ValueError):
 
 
 class TextEncoder(Protocol):
-    """Texts to vectors of unit length, float32."""
+    """Texts to vectors of unit length, float32.
+
+    Attributes:
+        folds_text: whether case, compatibility forms (NFKC) and white space make no difference to a vector.
+    """
 
     dim: int
+    folds_text: bool
 
     def encode_items(self, texts: Sequence[str], category_paths: Sequence[Sequence[str]] | None = None) -> np.ndarray:
         """float32 [n, dim]. `texts` as `embed.item_text` makes them; `category_paths` only where the texts do not hold their category."""
@@ -53,6 +58,7 @@ class TowerEncoder:
 
     def __init__(self, towers: Towers, *, device: torch.device | str = "cpu", batch_size: int = 1024) -> None:
         self.dim = towers.dim
+        self.folds_text = towers.folds_text
         self._towers = towers.to(device).eval()
         self._device = torch.device(device)
         self._batch_size = batch_size

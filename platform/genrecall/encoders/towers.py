@@ -29,6 +29,8 @@ class Towers(nn.Module):
     """What training and serving need of an encoder model: text to tensors on the CPU, tensors to unit vectors on the device."""
 
     dim: int
+    folds_text = False
+    """Whether case, compatibility forms (NFKC) and white space of a text make no difference."""
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str], side: Side) -> Tokens:
@@ -53,6 +55,8 @@ class NgramTowers(Towers):
         hidden: width of the network.
         num_buckets: rows of the n-gram table.
     """
+
+    folds_text = True
 
     def __init__(self, *, dim: int, hidden: int, num_buckets: int) -> None:
         super().__init__()

@@ -137,6 +137,11 @@ class Retriever:
         self.filters = filters
         self._graphs: dict[int, SearchGraphs] = {}  # by beam size, on a GPU
 
+    @property
+    def folds_text(self) -> bool:
+        """Whether case, compatibility forms (NFKC) and white space of a query make no difference to the answer."""
+        return self.prompt_builder.tokenizer.folds_text and (self.encoder is None or self.encoder.folds_text)
+
     def with_index(self, index: ServedIndex, filters: FilterCache | None = None) -> Retriever:
         """The same retriever over a changed index, or with other filters, as where stock changed; this one goes on with its own.
 

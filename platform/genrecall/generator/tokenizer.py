@@ -26,6 +26,9 @@ _CHARACTERS_PER_TOKEN = 16
 """A text is cut to this many characters per token of the limit before it is encoded: keeps a 10,000-character query cheap."""
 
 
+_UNFOLDED, _FOLDED = " Ａngle\tBRACKET", "angle bracket"
+
+
 class TokenizerError(ValueError):
     """A tokenizer that cannot be trained or read."""
 
@@ -70,6 +73,12 @@ class QueryTokenizer:
     def age_bands(self) -> tuple[str, ...]:
         """The age bands that have a token."""
         return tuple(self._age_bands)
+
+    @property
+    def folds_text(self) -> bool:
+        """Whether case, compatibility forms (NFKC) and white space make no difference to a text's tokens: so in one that `train` made, not in most others."""
+        normalizer = self._tokenizer.normalizer
+        return normalizer is not None and bool(normalizer.normalize_str(_UNFOLDED) == _FOLDED)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, genders: Iterable[str | None] = (), age_bands: Iterable[str | None] = ()) -> QueryTokenizer:

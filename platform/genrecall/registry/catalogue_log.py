@@ -92,11 +92,13 @@ class Compaction:
 
 
 class _Position(NamedTuple):
-    """The end of a whole line: file, byte offset, and the number of the last change up to it."""
+    """The end of a whole line: file, byte offset, and the number of the last change up to it; of a compacted file also `covered`, without which its name
+    does not say what is in it."""
 
     name: str
     offset: int
     sequence: int
+    covered: int = 0
 
 
 class _Line(NamedTuple):
@@ -321,7 +323,7 @@ class CatalogueLog:
 
 
 class _Scan:
-    """Reads the whole lines that hold changes after `after`, from `start` where that is their place still.
+    """Reads the whole lines that hold changes after `after`, from `start` where that is their place still, each when it is asked for.
 
     Attributes:
         position: the end of what was read. sequence: its number. covered: that of the compacted file. torn_bytes: after `position`.
@@ -345,13 +347,13 @@ class _Scan:
         through = 0 if compacted is None else _number(compacted)
         segments = sorted((file for file in files if _kind(file) == "changes"), key=_number)
         segments = [file for place, file in enumerate(segments) if place == len(segments) - 1 or _number(segments[place + 1]) > through + 1]
-        start = self._start
-        if start is not None and start.sequence == self._after and any(file.name == start.name for file in segments) and start.sequence >= through:
+        start = self._start if self._start is not None and self._start.sequence == self._after else None
+        if start is not None and any(file.name == start.name for file in segments) and start.sequence >= through:
             self.position = start
             segments = [file for file in segments if _number(file) >= _number(Path(start.name))]
         else:
             if compacted is not None:
-                yield from self._compacted(compacted)
+                yield from self._compacted(compacted, start if start is not None and start.name == compacted.name else None)
             skipped = [place for place, file in enumerate(segments) if self._after is not None and through < _number(file) <= self._after + 1]
             if skipped:  # what lies before the segment that holds the first wanted change
                 segments = segments[skipped[-1] :]
@@ -359,61 +361,66 @@ class _Scan:
         for file in segments:
             yield from self._segment(file, through, is_last=file is segments[-1])
 
-    def _compacted(self, file: Path) -> Iterator[_Line]:
+    def _compacted(self, file: Path, start: _Position | None) -> Iterator[_Line]:
         with file.open("rb") as stream:
             first = stream.readline()
             head = opened(first[:-1])
             if head is None or "covered" not in head:
                 raise _damaged(file, 0)
-            data = stream.read() if self._after is None or self._after < _number(file) else b""
-        self.covered = int(head["covered"])
-        if self._after is not None and self._after < self.covered:
-            raise CatalogueLogError(
-                f"{file}: holds nothing up to change {self.covered}, wanted were those after {self._after}; serve a bundle that covers {self.covered} or more"
-            )
-        for changes, end in _lines(file, data, len(first), torn_allowed=False):
-            self.position = _Position(file.name, end, changes[-1].sequence)
-            yield _Line(changes, self.position)
-        self.position = _Position(file.name, len(first) + len(data), _number(file))
+            self.covered = int(head["covered"])
+            if self._after is not None and self._after < self.covered:
+                raise CatalogueLogError(
+                    f"{file}: holds nothing up to change {self.covered}, wanted were those after {self._after}; serve a bundle that covers {self.covered} or more"
+                )
+            offset = start.offset if start is not None and start.covered == self.covered else len(first)
+            size = os.fstat(stream.fileno()).st_size
+            if self._after is None or self._after < _number(file):
+                for changes, end in _lines(file, stream, offset, size, torn_allowed=False):
+                    self.position = _Position(file.name, end, changes[-1].sequence, self.covered)
+                    yield _Line(changes, self.position)
+        self.position = _Position(file.name, size, _number(file), self.covered)
 
     def _segment(self, file: Path, through: int, *, is_last: bool) -> Iterator[_Line]:
         offset = self.position.offset if self.position.name == file.name else 0
         if offset == 0 and _number(file) > self.position.sequence + 1:
             raise _Unsettled(f"changes {self.position.sequence + 1} to {_number(file) - 1} are missing before {file.name}")
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            data = stream.read()
         read = offset
         self.position = _Position(file.name, offset, self.position.sequence)
-        for changes, end in _lines(file, data, offset, torn_allowed=is_last):
-            read = end
-            if changes[-1].sequence > through:
-                if changes[0].sequence != max(self.position.sequence, through) + 1:
-                    raise _Unsettled(f"{file.name}: change {changes[0].sequence} follows {self.position.sequence}")
-                self.position = _Position(file.name, end, changes[-1].sequence)
-                yield _Line(changes, self.position)
-            else:  # a compaction that could not delete this file
-                self.position = self.position._replace(offset=end)
-        self.torn_bytes = offset + len(data) - read
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            for changes, end in _lines(file, stream, offset, size, torn_allowed=is_last):
+                read = end
+                if changes[-1].sequence > through:
+                    if changes[0].sequence != max(self.position.sequence, through) + 1:
+                        raise _Unsettled(f"{file.name}: change {changes[0].sequence} follows {self.position.sequence}")
+                    self.position = _Position(file.name, end, changes[-1].sequence)
+                    yield _Line(changes, self.position)
+                else:  # a compaction that could not delete this file
+                    self.position = self.position._replace(offset=end)
+        self.torn_bytes = max(size - read, 0)
 
 
-def _lines(file: Path, data: bytes, offset: int, *, torn_allowed: bool) -> Iterator[tuple[list[Change], int]]:
-    """The changes of each line of `data`, which stands at `offset` in the file, and where it ends there; stops at a torn last line where that may be."""
-    start = 0
-    while start < len(data):
-        end = data.find(b"\n", start)
-        values = opened(data[start:end]) if end >= 0 else None
+def _lines(file: Path, stream: IO[bytes], offset: int, size: int, *, torn_allowed: bool) -> Iterator[tuple[list[Change], int]]:
+    """The changes of each line of a file from `offset` on, and where it ends, read one by one; stops at a torn last line where that may be.
+
+    Args:
+        stream: of the file. size: of what is looked at; what is appended while this reads comes with the next look.
+    """
+    stream.seek(offset)
+    while offset < size and (line := stream.readline(size - offset)):
+        values = opened(line[:-1]) if line.endswith(b"\n") else None
         if values is None:
-            seal = data.find(SEAL, start)
-            if torn_allowed and end in (-1, len(data) - 1) and (seal < 0 or seal + SEAL_BYTES >= len(data)):  # else a whole line, or more, is in it
+            rest = line + stream.read(size - offset - len(line))
+            seal = rest.find(SEAL)
+            if torn_allowed and len(line) == len(rest) and (seal < 0 or seal + SEAL_BYTES >= len(rest)):  # else a whole line, or more, is in it
                 return
-            raise _damaged(file, offset + start)
+            raise _damaged(file, offset)
         try:
             changes = [change_of(one) for one in values["changes"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(file, offset + start) from error
-        start = end + 1
-        yield changes, offset + start
+            raise _damaged(file, offset) from error
+        offset += len(line)
+        yield changes, offset
 
 
 def _damaged(file: Path, offset: int) -> CatalogueLogError:

@@ -1,7 +1,7 @@
 """Registering bundles as MLflow model versions, and moving `champion` and `challenger` only through the gates.
 
 A new version becomes `challenger`. `promote` reads the gates and moves `champion`; `rollback` moves it back to the version
-before: one alias each, nothing is copied.
+before: one alias each, nothing is copied. A version that was rolled back from is promoted again only where it is named.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -31,13 +30,16 @@ from genrecall.registry.versions import (
     PROMOTED_AT_TAG,
     RegistryError,
     Version,
-    fetch_bundle,
+    fetch_metrics,
     is_address,
     resolve,
 )
-from genrecall.storage import MANIFEST, Artifact, open_artifact, sha256_of
+from genrecall.storage import MANIFEST, Artifact, sha256_of
 
 PREVIOUS_TAG = "genrecall.previous_champion"
+ROLLED_BACK_AT_TAG = "genrecall.rolled_back_at"
+"""When the version was rolled back from: no schedule promotes it again."""
+
 CATALOG_SEQ_TAG = "genrecall.catalog_seq"
 """What the version's items hold of the catalogue log: whoever compacts it looks here."""
 
@@ -66,7 +68,8 @@ class RegistryConfig:
 def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float]) -> Version:
     """Register a bundle as the next version of `model_name` and give it the alias `challenger`.
 
-    A bundle that is registered already (same manifest) keeps its version and aliases. Runs inside the active MLflow run, else in one of its own.
+    A bundle that is registered already (same manifest) keeps its version and aliases; where that was cut short, it is registered anew. Runs inside the active
+    MLflow run, else in one of its own.
 
     Args:
         metrics: the evaluation's headline numbers; linked to the logged model.
@@ -91,10 +94,15 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
         )
     mlflow.log_metrics(dict(metrics), model_id=info.model_id)
     number = str(info.registered_model_version)
-    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)
     client.set_model_version_tag(model_name, number, CATALOG_SEQ_TAG, str(bundle.json("bundle.json").get("catalog_seq", 0)))
     client.set_registered_model_alias(model_name, CHALLENGER, number)
+    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)  # last: a version that has it is complete
     return resolve(f"models:/{model_name}/{number}", client)
+
+
+def aliases_of(version: Version) -> list[str]:
+    """The aliases that a version has now, sorted."""
+    return sorted(MlflowClient().get_model_version(version.name, str(version.number)).aliases)
 
 
 @contextlib.contextmanager
@@ -108,8 +116,11 @@ def _under_its_name(bundle: Artifact) -> Iterator[Path]:
         yield Path(shutil.copytree(bundle.path, Path(folder, name)))
 
 
-def promote(version: Version, gates: GateConfig) -> GateReport:
+def promote(version: Version, gates: GateConfig, *, named: bool = False) -> GateReport:
     """Make `version` the champion if it passes the gates against the present one.
+
+    Args:
+        named: somebody asks for this very version; else one that was rolled back from is refused, as a schedule would bring back what somebody took out.
 
     Returns:
         What the gates found; the alias has moved exactly when `passed`.
@@ -121,16 +132,22 @@ def promote(version: Version, gates: GateConfig) -> GateReport:
     champion = current_champion(version.name)
     if champion is not None and champion.number == version.number:
         return GateReport(passed=True, reasons=[f"{version.text} is the champion already"])
-    report = check_gates(_metrics(version, client), _metrics(champion, client) if champion else None, gates)
+    rolled_back_at = client.get_model_version(version.name, str(version.number)).tags.get(ROLLED_BACK_AT_TAG)
+    if rolled_back_at and not named:
+        reason = f"{version.text} was rolled back from at {rolled_back_at}; train another, or name it: jobs/promote.py --version {version.number}"
+        return GateReport(passed=False, reasons=[reason])
+    report = check_gates(fetch_metrics(version, client), fetch_metrics(champion, client) if champion else None, gates)
     if report.passed:
         if champion is not None:
             client.set_model_version_tag(version.name, str(version.number), PREVIOUS_TAG, str(champion.number))
+        if rolled_back_at:
+            client.delete_model_version_tag(version.name, str(version.number), ROLLED_BACK_AT_TAG)
         _set_champion(client, version)
     return report
 
 
 def rollback(model_name: str) -> Version:
-    """Give `champion` back to the version that had it before.
+    """Give `champion` back to the version that had it before; the one that is left is not promoted again unless it is named.
 
     Raises:
         RegistryError: there is no champion, or none before it.
@@ -143,6 +160,7 @@ def rollback(model_name: str) -> Version:
     if not previous:
         raise RegistryError(f"{model_name}: version {champion.number} was the first champion; there is nothing to roll back to")
     target = resolve(f"models:/{model_name}/{previous}", client)
+    client.set_model_version_tag(model_name, str(champion.number), ROLLED_BACK_AT_TAG, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     _set_champion(client, target)
     return target
 
@@ -188,7 +206,3 @@ def _set_champion(client: MlflowClient, version: Version) -> None:
     aliases = client.get_registered_model(version.name).aliases
     if str(aliases.get(CHALLENGER)) == str(version.number):
         client.delete_registered_model_alias(version.name, CHALLENGER)
-
-
-def _metrics(version: Version, client: MlflowClient) -> dict[str, Any]:
-    return dict(open_artifact(str(fetch_bundle(version, client)), kind="bundle").json("metrics.json"))

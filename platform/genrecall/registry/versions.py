@@ -6,12 +6,14 @@ bundle's manifest must hash to what the version's tag says.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
-import uuid
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -21,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from genrecall.registry.bundle import BundleError
-from genrecall.storage import MANIFEST, sha256_of
+from genrecall.storage import MANIFEST, cache_folder, cached, check_files, open_artifact, read_manifest, sha256_of
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
@@ -29,6 +31,7 @@ MANIFEST_TAG = "genrecall.manifest_sha256"
 PROMOTED_AT_TAG = "genrecall.promoted_at"
 LATEST_CHAMPION = "latest-champion"
 BUNDLE_FOLDER = "artifacts/bundle"
+METRICS_FILE = "metrics.json"
 
 _ADDRESS = re.compile(r"models:/(?P<name>[\w. -]+)(?:@(?P<alias>[\w-]+)|/(?P<number>[0-9]+))")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -111,30 +114,57 @@ def fetch_bundle(version: Version, client: MlflowClient, cache: Path | None = No
     """The folder of a version's bundle on this machine.
 
     Args:
-        cache: keeps downloads, a folder for each manifest; None reads a local store in place and downloads a remote one to a
-            temporary folder.
+        cache: keeps copies, a folder for each manifest, checked each time and fetched once more where they are damaged. None reads a local store in place,
+            whose files whoever loads the bundle checks, and copies a remote one to `storage.cache_folder`.
 
     Raises:
         BundleError: no bundle there, or its manifest is not the one that was registered.
+        ArtifactError: a file of the store is missing or changed; or a cache folder that cannot be trusted.
         MlflowException, OSError: the store does not answer.
     """
+    source = _source_of(version, client)
     if cache is None:
-        return _checked(_download(version, client, None), version)
-    kept = cache / version.manifest_sha256
-    if not kept.is_dir():
-        partial = cache / f".{uuid.uuid4().hex}.tmp"
-        partial.mkdir(parents=True)
-        try:
-            bundle = _checked(_download(version, client, partial), version)
-            if not kept.is_dir():  # else another replica was faster
-                bundle.rename(kept)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return _checked(kept, version)
+        if _is_local(source):
+            return _checked(_download(source, client), version)
+        cache = cache_folder()
+
+    def check(folder: Path) -> None:
+        manifest = read_manifest(str(_checked(folder, version)))
+        assert manifest is not None, "hashes to what was registered"
+        check_files(folder, manifest, version.text)
+
+    return cached(cache / version.manifest_sha256, lambda folder: _download(source, client, folder), check)
 
 
-def _download(version: Version, client: MlflowClient, folder: Path | None) -> Path:
-    source = f"{client.get_model_version_download_uri(version.name, str(version.number)).rstrip('/')}/{BUNDLE_FOLDER}"
+def fetch_metrics(version: Version, client: MlflowClient) -> dict[str, Any]:
+    """The evaluation that a version was registered with. Of a remote store nothing else is downloaded; a local one's bundle is checked whole.
+
+    Raises:
+        BundleError, ArtifactError, MlflowException, OSError: as for `fetch_bundle`.
+    """
+    source = _source_of(version, client)
+    if _is_local(source):
+        return dict(open_artifact(str(fetch_bundle(version, client)), kind="bundle").json(METRICS_FILE))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in (MANIFEST, METRICS_FILE):
+            _download(f"{source}/{file}", client, folder)
+        manifest = read_manifest(str(_checked(folder, version)))
+        assert manifest is not None, "hashes to what was registered"
+        only = {METRICS_FILE: manifest["files"][METRICS_FILE]}
+        check_files(folder, {**manifest, "files": only}, version.text)
+        return dict(json.loads((folder / METRICS_FILE).read_text()))
+
+
+def _source_of(version: Version, client: MlflowClient) -> str:
+    return f"{client.get_model_version_download_uri(version.name, str(version.number)).rstrip('/')}/{BUNDLE_FOLDER}"
+
+
+def _is_local(source: str) -> bool:
+    return urlsplit(source).scheme in ("", "file")
+
+
+def _download(source: str, client: MlflowClient, folder: Path | None = None) -> Path:
     uri = client.tracking_uri
     return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(folder) if folder else None, tracking_uri=uri, registry_uri=uri))
 

@@ -27,11 +27,13 @@ class Key(NamedTuple):
 def key_of(served: ServedBundle, request: RecallRequest) -> Key:
     """The key of a request to what is served now.
 
-    Case, compatibility forms and white space of the query make no difference, as they make none to the tokenizer and the n-gram encoder. The deadline is
-    left out: answers that it narrowed are not kept.
+    Case, compatibility forms and white space of the query make no difference where they make none to the tokenizer and the encoder: to our own, not to most
+    of Hugging Face's. The deadline is left out: answers that it narrowed are not kept.
     """
     bundle, shopper = served.bundle, request.shopper
-    query = " ".join(unicodedata.normalize("NFKC", request.query).lower().split())
+    query = request.query
+    if bundle.retriever.folds_text:
+        query = " ".join(unicodedata.normalize("NFKC", query).lower().split())
     profile = tuple((value or "").strip().lower() for value in (shopper.gender, shopper.age_band))
     history = tuple(bundle.rows_of(request.history).tolist())
     # A history without a known item gets the answer of none, but a degraded one.

@@ -87,11 +87,12 @@ class Challenger:
             answer_batch(found, [RecallRequest(query="")], self._beam_sizes)
             logger.info("challenger %s beside %s", found.version.text, champion.version.text)
         with self._lock:
-            if found is None or self.served is None or found.version != self.served.version:
+            if found is not before:  # else it stays what `follow_log` made of it meanwhile: a later state, or none where it cannot take the log
                 self.served = found
+            served = self.served
         if not self.shares.needs_challenger:
             self._follower.refused = None
-        self._version.set(float(found.version.number) if found else 0.0)
+        self._version.set(float(served.version.number) if served else 0.0)
         self._refused.set(float(self._follower.refused is not None))
 
     def follow_log(self) -> None:

@@ -41,6 +41,9 @@ logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keep
 STUCK_AFTER_S = 60.0
 """A batch that takes longer than this fails the health check, and Serve replaces the replica."""
 
+KEYS_AGAIN_S = 10.0
+"""Between two looks at the key files where `follow_s` is 0."""
+
 _LOCK_WAIT_S = 5.0
 
 
@@ -85,8 +88,7 @@ class RecallDeployment:
         # Before the first request: the torch thread starts, and the widest beam's buffers are there.
         self._torch_thread.submit(answer_batch, self._served, [RecallRequest(query="")], self._settings.beam_sizes).result()
         logger.info("serving %s (%s)", self._served.version.text, self._follower.address)
-        if self._settings.follow_s > 0:
-            threading.Thread(target=self._follow, name="follower", daemon=True).start()
+        threading.Thread(target=self._follow, name="follower", daemon=True).start()
         threading.Thread(
             target=follow_forever, args=(self._challenger, lambda: self._served, self._settings.follow_s), name="challenger follower", daemon=True
         ).start()
@@ -132,6 +134,8 @@ class RecallDeployment:
                 return await self._recall("challenger", request, arrived)
             except OverloadedError:
                 raise
+            except VersionNotLoadedError as error:  # nothing failed
+                logger.info("the champion answers: %s", error)
             except Exception as error:  # the edge: whatever is wrong with the challenger, the champion answers
                 self._challenger.failed(error)
         response = await self._recall("champion", request, arrived)
@@ -156,6 +160,12 @@ class RecallDeployment:
         try:
             response = await self._batcher.submit(role, Waiting(request, arrived))
             outcome = "late" if response is None else "ok"
+        except asyncio.CancelledError:
+            outcome = "gone"
+            raise
+        except VersionNotLoadedError:
+            outcome = "not_loaded"
+            raise
         finally:
             self._waiting -= 1
             self._metrics.count(outcome, role)
@@ -183,6 +193,9 @@ class RecallDeployment:
                     outcome = "late"
                     raise LateError("the deadline of a request of the batch passed before its turn came")
             outcome = "ok"
+        except asyncio.CancelledError:
+            outcome = "gone"
+            raise
         finally:
             self._waiting -= len(requests)
             self._metrics.count(outcome, "champion", len(requests))
@@ -252,13 +265,16 @@ class RecallDeployment:
             raise RuntimeError(f"a batch has been running for more than {STUCK_AFTER_S:.0f} s")
 
     def _follow(self) -> None:
-        """Look at the registry and the key file now and then, from the replica's start to its end, in a thread of its own."""
+        """Look at the key files and the registry now and then, from the replica's start to its end, in a thread of its own; at the keys also where no registry
+        is followed: a key that was taken out must stop to open the API."""
         torch.set_num_threads(self._settings.torch_threads)
         while True:
-            time.sleep(self._settings.follow_s)
+            time.sleep(self._settings.follow_s or KEYS_AGAIN_S)
             self._keys.refresh()
             self._admin_keys.refresh()
-            found = self._follower.newer(self._served)
+            if self._settings.follow_s == 0:
+                continue
+            found = self._follower.newer(self._served, self._challenger.served)
             self._metrics.refuses(self._follower.refused is not None)
             if found is not None:
                 self._swap(found)

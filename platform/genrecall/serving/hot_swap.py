@@ -1,7 +1,7 @@
 """Following an alias and the catalogue log: the bundle the alias means is fetched, verified, brought up to the log's end and only then handed over.
 
 A version that cannot be verified or cannot take the log is refused and named in `refused`; the one in service stays. The version served before stays
-loaded, so that going back to it takes no time but that of the changes since.
+loaded, so that going back to it takes no time but that of the changes since; it makes room before a third is loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BundleFollower:
         address: `models:/NAME@champion`, `models:/NAME/NUMBER` or `latest-champion`. The model that `latest-champion` means at
             the first load is followed from then on.
         tracking_uri: of the registry.
-        cache: folder for downloaded bundles; None reads a local store in place.
+        cache: as for `fetch_bundle`.
         catalogues: folder of the catalogue logs, one of each model's name; None: bundles are served as they were built.
 
     Attributes:
@@ -85,8 +85,12 @@ class BundleFollower:
             served = further
         return served
 
-    def newer(self, served: ServedBundle) -> ServedBundle | None:
-        """The bundle the address means now if it is another than `served`, verified; None if not, or if it was refused."""
+    def newer(self, served: ServedBundle, challenger: ServedBundle | None = None) -> ServedBundle | None:
+        """The bundle the address means now if it is another than `served`, verified; None if not, or if it was refused.
+
+        Args:
+            challenger: what is loaded in that role, verified as any version is: when the address comes to mean it, it is not loaded a second time.
+        """
         try:
             version = resolve(self.address, self._client)
         except RegistryError as error:
@@ -100,9 +104,13 @@ class BundleFollower:
             return None
         if version == self._refused_version and time.monotonic() - self._refused_at < RETRY_REFUSED_S:
             return None
+        kept = self._previous if self._previous is not None and self._previous.version == version else None
+        if kept is None:
+            self._previous = None  # makes room: two bundles are in memory at most, beside the challenger's
+            if challenger is not None and challenger.version == version:
+                kept = dataclasses.replace(challenger, role="champion")
         try:
-            kept = self._previous if self._previous is not None and self._previous.version == version else None
-            found = self._load(version) if kept is None else self.up_to_date(kept)
+            found = self._load(version) if kept is None else self._replayed(kept)
         except Exception as error:  # the edge again: whatever is wrong with another version, the one in service stays
             self._refuse(version, served, error)
             return None
@@ -146,9 +154,16 @@ class BundleFollower:
     def _load(self, version: Version) -> ServedBundle:
         bundle = load_bundle(fetch_bundle(version, self._client, self._cache))
         if self.log is None:
-            return self.up_to_date(ServedBundle(version, bundle))
+            return ServedBundle(version, bundle)
         covered = bundle.catalog_seq
-        return self.up_to_date(ServedBundle(version, LiveBundle.over(bundle, self.log.in_stock(covered) if covered else {})))
+        return self._replayed(ServedBundle(version, LiveBundle.over(bundle, self.log.in_stock(covered) if covered else {})))
+
+    def _replayed(self, served: ServedBundle) -> ServedBundle:
+        """With all changes of the log, read apart from the thread that follows it for the version in service: it is elsewhere in the log, and a reader goes on
+        from one place."""
+        other = copy.copy(self)
+        other.log = CatalogueLog(self.log.folder) if self.log is not None else None
+        return other.up_to_date(served)
 
     def _refuse(self, version: Version | None, served: ServedBundle, error: Exception) -> None:
         reason = f"{version.text if version else self.address}: {error}"

@@ -54,7 +54,7 @@ class LiveBundle(Bundle):
         later: the rows of later items. later_rows: their item rows by id, those in use alone.
         changed: what answers show of items of the bundle, by item row, where it differs. judged: of these, the rows of another category or brand.
         delisted: item rows of the bundle.
-        out_of_stock: ids, whether listed or not.
+        out_of_stock: ids, whether listed or not. flagged_rows: int32, ascending, the item rows that these have (`rows_of`).
         names: of categories and brands.
     """
 
@@ -67,6 +67,7 @@ class LiveBundle(Bundle):
     judged: frozenset[int]
     delisted: frozenset[int]
     out_of_stock: frozenset[str]
+    flagged_rows: NDArray[np.int32]
     names: Names
 
     @classmethod
@@ -81,6 +82,7 @@ class LiveBundle(Bundle):
         """
         same = {field.name: getattr(bundle, field.name) for field in dataclasses.fields(Bundle)}
         same["retriever"] = bundle.retriever.with_index(SegmentedIndex(bundle.base_index))
+        flagged = frozenset(one for one, flag in (in_stock or {}).items() if not flag)
         state = cls(
             **same,
             published=bundle,
@@ -91,7 +93,8 @@ class LiveBundle(Bundle):
             changed={},
             judged=frozenset(),
             delisted=frozenset(),
-            out_of_stock=frozenset(one for one, flag in (in_stock or {}).items() if not flag),
+            out_of_stock=flagged,
+            flagged_rows=np.sort(bundle.rows_of(flagged)),
             names=Names({}, {}),
         )
         return dataclasses.replace(state, retriever=state._retriever_over(same["retriever"].index)) if state.out_of_stock else state
@@ -148,7 +151,7 @@ class LiveBundle(Bundle):
             later_items=count,
             changed_items=len(self.changed),
             delisted_items=len(self.delisted),
-            out_of_stock_items=len(np.setdiff1d(self.rows_of(self.out_of_stock), sorted(self.delisted))),
+            out_of_stock_items=len(np.setdiff1d(self.flagged_rows, sorted(self.delisted))),
             error_ratio=float(self.later.errors[used].mean()) / reference if count and reference > 0 else None,
             oversize_sids=len(np.setdiff1d(oversize_sids(self.retriever.index.sizes(), cap), before)),
             unknown_categories=float(self.later.unknown[used].mean()) if count else None,
@@ -173,6 +176,9 @@ class LiveBundle(Bundle):
         later_rows = dict(self.later_rows)
         gone = [later_rows.pop(one.item_id) - len(self.items) for one in latest if one.item_id in later_rows]
         later = self.later.without(gone) if gone else self.later
+        # Of all flagged rows only those of items that are named here may be others after this step; the rest is not looked at one by one.
+        named = {one.item_id for one in latest} | flags.keys()
+        flagged = np.setdiff1d(self.flagged_rows, self.rows_of(named), assume_unique=True)
 
         delisted = set(self.delisted)
         records = {row: change.record for change, row in zip(latest, known, strict=True) if row >= 0}
@@ -185,6 +191,7 @@ class LiveBundle(Bundle):
         assert isinstance(index, SegmentedIndex), "made by `over`"
         unused = len(later.used) - int(later.used.sum())
         if relisted or unused > max(_UNUSED_ROWS, len(later.used) // 2):
+            flagged = _renumbered(flagged, len(self.items), later.used)
             index, later = self._rebuilt(base, index, later, delisted)
             later_rows = {one.item_id: len(self.items) + row for row, one in enumerate(later.shown)}
         else:
@@ -201,6 +208,7 @@ class LiveBundle(Bundle):
             index = self._added(index, placed.sid_rows, newcomers, placed.vectors, placed.tokens)
         names = names.with_names(changed[row] for row in judged)
         back = {one for one, flag in flags.items() if flag}
+        out_of_stock = (self.out_of_stock | flags.keys()) - back if flags else self.out_of_stock
         state = dataclasses.replace(
             self,
             applied=tail.sequence,
@@ -209,9 +217,10 @@ class LiveBundle(Bundle):
             changed=changed,
             judged=judged,
             delisted=frozenset(delisted),
-            out_of_stock=(self.out_of_stock | flags.keys()) - back if flags else self.out_of_stock,
+            out_of_stock=out_of_stock,
             names=names,
         )
+        state = dataclasses.replace(state, flagged_rows=np.union1d(flagged, state.rows_of(named & out_of_stock)).astype(np.int32))
         return dataclasses.replace(state, retriever=state._retriever_over(index))
 
     def _published_rows(self, base: SidIndex, changes: Sequence[Change]) -> list[int]:
@@ -287,7 +296,7 @@ class LiveBundle(Bundle):
             categories=tuple(self.names.categories),
             brands=tuple(self.names.brands),
             off_lists=np.array(sorted(self.judged | self.delisted), dtype=np.int32),
-            out_of_stock=self.rows_of(self.out_of_stock).astype(np.int32),
+            out_of_stock=self.flagged_rows,
         )
 
 
@@ -295,6 +304,12 @@ def _places_of(base: SidIndex, rows: NDArray[np.int32]) -> NDArray[np.int64]:
     """The places int64 of item rows, ascending; rows that are not published have none."""
     places, _ = base.places(np.unique(base.sids_of(rows)), _ALL)
     return places[np.isin(base.rows_at(places), rows)]
+
+
+def _renumbered(rows: NDArray[np.int32], first_later: int, used: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Item rows after those of later items that are not in use were freed, which are left out."""
+    later = rows[rows >= first_later] - first_later
+    return np.concatenate([rows[rows < first_later], first_later + (np.cumsum(used) - 1)[later[used[later]]]]).astype(np.int32)
 
 
 def _number(value: float | None) -> float | None:

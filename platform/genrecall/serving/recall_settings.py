@@ -19,11 +19,11 @@ class RecallSettings(BaseModel):
     Attributes:
         model: `models:/NAME@champion`, `models:/NAME/NUMBER` or `latest-champion`.
         tracking_uri: of the MLflow registry; default: `MLFLOW_TRACKING_URI`, else the sqlite file in `GENRECALL_HOME`.
-        bundle_cache: folder for bundles downloaded from a remote store.
+        bundle_cache: folder for copies of registered bundles; default: a local store is read in place, copies of a remote one lie in `GENRECALL_CACHE`.
         beam_sizes: widest, middle, narrowest; which one depends on how many requests wait.
         max_batch_size: requests decoded together.
         max_waiting: requests a replica holds at a time; more get 503 with Retry-After. Below `max_ongoing_requests`.
-        follow_s: seconds between two looks at the registry; 0: never.
+        follow_s: seconds between two looks at the registry and the key files; 0: never at the registry, at the key files every 10 s.
         catalogue_folder: folder of the catalogue logs, one of each model's name, on a file system that all replicas share; default: `catalogue` in
             `GENRECALL_HOME` where that is a folder.
         catalogue_follow_s: seconds between two looks at the log.

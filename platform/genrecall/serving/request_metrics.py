@@ -21,7 +21,11 @@ class RequestMetrics:
     """The counters, gauges and histograms of one replica."""
 
     def __init__(self) -> None:
-        self._requests = Counter("genrecall_requests", "requests by outcome: ok, overloaded, late or failed", tag_keys=_tags("outcome", "version"))
+        self._requests = Counter(
+            "genrecall_requests",
+            "requests by outcome: ok, overloaded, late, gone (nobody waits for the answer), not_loaded (the challenger was taken out) or failed",
+            tag_keys=_tags("outcome", "version"),
+        )
         self._degraded = Counter("genrecall_degraded", "answers that are less than was asked for, by reason", tag_keys=("reason",))
         self._looked_up = Counter("genrecall_cache", "requests looked up in the cache by outcome: hit or miss", tag_keys=("outcome",))
         self._latency = Histogram(

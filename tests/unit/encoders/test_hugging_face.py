@@ -60,6 +60,7 @@ def test_saved_encoder_loads_to_the_same_vectors(model_folder: Path, tmp_path: P
     assert not list((tmp_path / "saved").rglob("*.bin"))
     loaded = load_encoder(tmp_path / "saved")
     assert loaded.dim == (dim or 16)
+    assert not loaded.folds_text
     np.testing.assert_allclose(loaded.encode_queries(TEXTS), TowerEncoder(towers).encode_queries(TEXTS), atol=1e-6)
 
 

@@ -34,6 +34,13 @@ def test_vectors_are_float32_and_of_unit_length_even_without_words():
     np.testing.assert_allclose(vectors[3], vectors[4], atol=1e-6)
 
 
+def test_n_grams_do_not_read_case_forms_and_spacing():
+    encoder = TowerEncoder(small_towers())
+    assert encoder.folds_text
+    one, other = encoder.encode_queries(["  Angle\tBRACKET", "ａｎｇｌｅ bracket"])
+    np.testing.assert_array_equal(one, other)
+
+
 def test_same_text_gives_the_same_vector_whatever_else_is_in_the_call():
     encoder = TowerEncoder(small_towers(), batch_size=2)
     alone = encoder.encode_queries(["angle bracket"])

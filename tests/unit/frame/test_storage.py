@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
-from genrecall.storage import MANIFEST, Artifact, ArtifactError, Stage, open_artifact
+from genrecall import storage
+from genrecall.storage import MANIFEST, Artifact, ArtifactError, Stage, cache_folder, open_artifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,26 +31,6 @@ def make(one: Stage, text: str = "hello") -> Artifact:
         (draft.path / "sub" / "b.txt").write_text("b")
         draft.row_counts["rows"] = 3
     return one.open()
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 bucket on a mock server of the real API."""
-    import boto3
-    import fsspec
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    boto3.client("s3").create_bucket(Bucket="artifacts")
-    yield "s3://artifacts"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -109,6 +90,65 @@ def test_a_changed_file_is_refused_and_the_job_named(tmp_path: Path) -> None:
     (artifact.path / "a.txt").write_text("jello")
     with pytest.raises(ArtifactError, match=r"does not match its manifest: a\.txt \(changed\); rerun jobs/make_toy\.py"):
         open_artifact(artifact.uri)
+
+
+@pytest.fixture
+def remote(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """An artifact on S3 whose copy is in the cache."""
+    monkeypatch.setenv("GENRECALL_CACHE", str(tmp_path / "cache"))
+    return make(stage(f"{bucket}/{tmp_path.name}/toy"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "sub/b.txt", MANIFEST])
+@pytest.mark.parametrize("damage", ["lost", "cut off"])
+def test_a_damaged_copy_of_a_remote_artifact_is_fetched_once_more(remote: Artifact, name: str, damage: str) -> None:
+    file = remote.path / name
+    file.write_text("") if damage == "cut off" else file.unlink()
+    again = open_artifact(remote.uri)
+    assert again.path == remote.path
+    assert (again.file("a.txt").read_text(), again.file("sub/b.txt").read_text(), again.file(MANIFEST).exists()) == ("hello", "b", True)
+    assert [path.name for path in remote.path.parent.iterdir()] == [remote.path.name]
+
+
+def test_what_is_damaged_in_the_store_itself_is_refused_and_not_kept(remote: Artifact) -> None:
+    filesystem, root = fsspec.core.url_to_fs(remote.uri)
+    filesystem.pipe_file(f"{root}/a.txt", b"jello")
+    (remote.path / "a.txt").unlink()
+    with pytest.raises(ArtifactError, match=r"a\.txt \(changed\); rerun jobs/make_toy\.py"):
+        open_artifact(remote.uri)
+    assert not list(remote.path.parent.iterdir())
+
+
+def test_a_copy_is_on_disk_before_it_gets_its_name(remote: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    (remote.path / "a.txt").unlink()
+    synced, sync = [], storage._sync
+
+    def seen(path: Path) -> None:
+        synced.append((path.name, remote.path.exists()))
+        sync(path)
+
+    monkeypatch.setattr(storage, "_sync", seen)
+    open_artifact(remote.uri)
+    assert {("a.txt", False), ("b.txt", False), ("sub", False), (MANIFEST, False), ("cache", True)} <= set(synced)
+
+
+def test_the_cache_is_a_folder_of_this_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GENRECALL_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = cache_folder()
+    assert (folder.parent, folder.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    assert cache_folder() == folder
+    folder.chmod(0o755)
+    with pytest.raises(ArtifactError, match=r"expected a folder of this user's alone .*GENRECALL_CACHE"):
+        cache_folder()
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="expected a folder of this user's alone"):
+        cache_folder()
+    folder.unlink()
+    folder.write_text("")
+    with pytest.raises(ArtifactError, match="expected a folder of this user's alone"):
+        cache_folder()
 
 
 def test_missing_and_unlisted_files_are_refused(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from genrecall.generator.tokenizer import MARKERS, MAX_PROFILE_VALUES, QueryTokenizer, TokenizerError
 
@@ -40,6 +42,17 @@ def test_lower_case_text_survives_the_round_trip(text):
 
 def test_case_width_and_spacing_do_not_matter():
     assert ids_of("  Angle\tBRACKET ") == ids_of("angle bracket") == ids_of("ａｎｇｌｅ bracket")
+
+
+@pytest.mark.parametrize("normalizer", [None, normalizers.Lowercase(), normalizers.BertNormalizer(), normalizers.NFKC()])
+def test_a_foreign_tokenizer_is_not_taken_to_fold_what_it_may_read(tmp_path, normalizer):
+    foreign = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if normalizer is not None:
+        foreign.normalizer = normalizer
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    assert not QueryTokenizer.from_pretrained(tmp_path).folds_text
+    assert TOKENIZER.folds_text
+    assert QueryTokenizer.from_json(TOKENIZER.to_json()).folds_text
 
 
 def test_letters_and_digits_never_share_a_token():
@@ -96,8 +109,6 @@ def test_unusable_files_are_refused(tmp_path):
 
 
 def test_a_foreign_tokenizer_without_markers_is_refused_and_from_pretrained_adds_them(tmp_path):
-    import tokenizers
-
     foreign = tokenizers.Tokenizer(tokenizers.models.BPE())
     foreign.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match=r"missing \[PAD\]"):

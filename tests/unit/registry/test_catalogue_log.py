@@ -190,6 +190,48 @@ def test_records_tombstones_and_stock_flags_of_a_request_are_numbered_in_that_or
     assert log.read(0).sequence == 4
 
 
+@pytest.fixture
+def parsed(monkeypatch):
+    """The lines that were parsed, one entry each."""
+    lines = []
+    real = catalogue_log.opened
+
+    def counted(line):
+        lines.append(line)
+        return real(line)
+
+    monkeypatch.setattr(catalogue_log, "opened", counted)
+    return lines
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_following_in_steps_parses_each_line_once_whichever_file_it_is_in(log, parsed, monkeypatch, compacted):
+    monkeypatch.setattr(catalogue_log, "_CHANGES_A_LINE", 2)
+    for number in range(10):
+        log.append([record(f"{number}a"), record(f"{number}b")])
+    if compacted:
+        log.compact()
+    log.append([record("last")])
+    reader, at, steps = CatalogueLog(log.folder), 0, 0
+    parsed.clear()
+    while (tail := reader.read(at, at_most=2)).sequence != at:
+        at, steps = tail.sequence, steps + 1
+    assert (at, steps) == (21, 11)
+    # Eleven lines; and the head of a compacted file at each of the twelve looks, but for the last, which begins in the segment after it.
+    assert len(parsed) == 11 + 11 * compacted
+
+
+def test_a_place_in_a_compacted_file_does_not_hold_in_one_of_the_same_name_that_covers_more(log, monkeypatch):
+    monkeypatch.setattr(catalogue_log, "_CHANGES_A_LINE", 1)
+    for item_id in "abcde":
+        log.append([record(item_id)])
+    log.compact()
+    reader = CatalogueLog(log.folder)
+    assert states(reader.read(0, at_most=2)) == {"a": "a hose", "b": "a hose"}
+    log.compact(covered=1)
+    assert states(reader.read(2)) == {"c": "a hose", "d": "a hose", "e": "a hose"}
+
+
 def test_a_tombstone_survives_compaction_until_a_bundle_covers_it(log):
     log.append([record("a"), record("b")], ["old"])
     log.compact()

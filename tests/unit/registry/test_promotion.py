@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlflow
 import pandas as pd
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.evaluation.gates import GateConfig
 from genrecall.registry.bundle import BundleConfig, build_bundle
-from genrecall.registry.promotion import RegistryConfig, current_champion, least_covered, promote, register, rollback
+from genrecall.registry.promotion import RegistryConfig, aliases_of, current_champion, least_covered, promote, register, rollback
 from genrecall.registry.versions import RegistryError, resolve
 
 GATES = GateConfig(guarded=("channels/generative/recall@100",), required_lower_bounds=())
@@ -34,6 +36,21 @@ def test_a_new_version_becomes_challenger(registry, versions):
 def test_registering_the_same_bundle_again_keeps_its_version(registry, versions, untrained_line):
     assert register(untrained_line(recall=0.5), "shop", metrics={}) == versions[0]
     assert len(registry.search_model_versions("name='shop'")) == 2
+
+
+@pytest.mark.parametrize("cut_at", ["set_model_version_tag", "set_registered_model_alias"])
+def test_a_registration_that_was_cut_short_is_made_whole_by_the_next(registry, untrained_line, monkeypatch, cut_at):
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.tracking.MlflowClient, cut_at, cut)
+        with pytest.raises(KeyboardInterrupt):
+            register(untrained_line(), "shop", metrics={})
+    version = register(untrained_line(), "shop", metrics={})
+    assert aliases_of(version) == ["challenger"]
+    assert aliases(registry) == {"challenger": version.number}
+    assert register(untrained_line(), "shop", metrics={}) == version
 
 
 def test_metrics_are_linked_to_the_logged_model(registry, versions):
@@ -78,6 +95,33 @@ def test_rollback_gives_champion_back_one_step_at_a_time(registry, versions, unt
     with pytest.raises(RegistryError, match="shop: version 2 was the first champion; there is nothing to roll back to"):
         rollback("shop")
     assert aliases(registry) == {"champion": 2}
+
+
+def test_a_version_that_was_rolled_back_from_is_promoted_again_only_by_name(registry, versions, untrained_line):
+    for version in versions[::-1]:
+        promote(version, GATES)
+    assert rollback("shop") == versions[1]
+    again = register(untrained_line(recall=0.5), "shop", metrics={})  # what a scheduled run finds where no artifact changed
+    assert again == versions[0]
+    report = promote(again, GATES)
+    assert not report.passed
+    (reason,) = report.reasons
+    assert re.fullmatch(r"shop/1 was rolled back from at 20\d\d-\S+\+00:00; train another, or name it: jobs/promote\.py --version 1", reason)
+    assert aliases(registry) == {"champion": 2}
+    assert promote(again, GATES, named=True).passed
+    assert aliases(registry) == {"champion": 1}
+    assert "genrecall.rolled_back_at" not in registry.get_model_version("shop", "1").tags
+    assert promote(versions[0], GATES).passed  # it is the champion already
+    assert rollback("shop") == versions[1]
+    assert not promote(again, GATES).passed
+
+
+def test_naming_a_version_that_was_rolled_back_from_opens_no_gate(registry, versions):
+    for version in versions:
+        promote(version, GateConfig(guarded=(), required_lower_bounds=()))
+    rollback("shop")
+    assert not promote(versions[1], GATES, named=True).passed
+    assert "genrecall.rolled_back_at" in registry.get_model_version("shop", "2").tags
 
 
 def test_rollback_without_a_champion_says_so(registry, versions):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
+from genrecall.registry import versions
 from genrecall.registry.bundle import BundleError
 from genrecall.registry.promotion import promote, register
 from genrecall.registry.versions import BUNDLE_FOLDER, MANIFEST_TAG, RegistryError, Version, fetch_bundle, is_address, open_registry, resolve
+from genrecall.storage import ArtifactError
 
 from genrecall.evaluation.gates import GateConfig  # isort: skip
 
@@ -82,6 +86,64 @@ def test_a_local_store_is_read_in_place_and_a_cache_keeps_a_copy(registry, regis
     before = kept.stat().st_mtime_ns
     assert fetch_bundle(registered, registry, cache).stat().st_mtime_ns == before
     assert [path.name for path in cache.iterdir()] == [registered.manifest_sha256]
+
+
+@pytest.fixture
+def remote(registry, untrained_line, bucket, tmp_path, monkeypatch):
+    """A version whose bundle lies on S3."""
+    monkeypatch.setenv("GENRECALL_CACHE", str(tmp_path / "cache"))
+    with mlflow.start_run(experiment_id=mlflow.create_experiment("remote", artifact_location=f"{bucket}/{tmp_path.name}")):
+        return register(untrained_line(), "far", metrics={})
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """What was downloaded, by the last name of its address."""
+    names, download = [], versions._download
+
+    def seen(source, *rest):
+        names.append(source.rpartition("/")[2])
+        return download(source, *rest)
+
+    monkeypatch.setattr(versions, "_download", seen)
+    return names
+
+
+def test_a_remote_bundle_is_downloaded_once_and_leaves_nothing_else(registry, remote, downloads, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    kept = fetch_bundle(remote, registry)
+    assert kept == tmp_path / "cache" / remote.manifest_sha256
+    assert fetch_bundle(remote, registry) == kept
+    assert downloads == ["bundle"]
+    assert not list((tmp_path / "temporary").iterdir())
+    assert [path.name for path in kept.parent.iterdir()] == [remote.manifest_sha256]
+
+
+def test_promotion_downloads_what_the_gates_read_alone(registry, remote, downloads, tmp_path):
+    assert promote(remote, GATES).passed
+    assert downloads == ["manifest.json", "metrics.json"]
+    assert not (tmp_path / "cache").exists()
+    registry.set_model_version_tag("far", "1", MANIFEST_TAG, "1" * 64)
+    with pytest.raises(BundleError, match="registered was 111111111111"):
+        versions.fetch_metrics(resolve("models:/far/1", registry), registry)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "generator/stage/model.safetensors"])
+def test_a_damaged_copy_is_fetched_once_more(registry, registered, downloads, tmp_path, name):
+    kept = fetch_bundle(registered, registry, tmp_path)
+    content = (kept / name).read_bytes()
+    (kept / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert (fetch_bundle(registered, registry, tmp_path) / name).read_bytes() == content
+    assert fetch_bundle(registered, registry, tmp_path) == kept
+    assert downloads == ["bundle", "bundle"]
+
+
+def test_a_bundle_that_is_damaged_in_the_store_is_not_kept(registry, registered, tmp_path):
+    (fetch_bundle(registered, registry) / "metrics.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"shop/1: does not match its manifest: metrics\.json \(changed\); rerun jobs/register_model\.py"):
+        fetch_bundle(registered, registry, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_fetching_does_not_depend_on_the_process_wide_tracking_store(registry, registered, tmp_path):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
+import dataclasses
 
+import pytest
+import tokenizers
+
+from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.versions import Version
 from genrecall.serving.answer_cache import AnswerCache, Key, key_of
@@ -55,6 +60,23 @@ def test_requests_that_mean_the_same_share_a_key_and_an_answer(served, change):
     assert key_of(served, request(**ASKED)) == key_of(served, request(**(ASKED | change)))
     (one,), (two,) = (answer_batch(served, [request(**(ASKED | fields))], (5, 5, 5)) for fields in ({}, change))
     assert [(item.item_id, pytest.approx(item.score, abs=1e-5)) for item in one.items] == [(item.item_id, item.score) for item in two.items]
+
+
+@pytest.mark.parametrize("reads_case", ["tokenizer", "encoder"])
+def test_queries_that_differ_in_case_share_no_key_where_the_model_reads_it(served, tmp_path, reads_case):
+    retriever = copy.copy(served.bundle.retriever)
+    if reads_case == "encoder":
+        retriever.encoder = copy.copy(retriever.encoder)
+        retriever.encoder.folds_text = False
+    else:
+        cased = tokenizers.Tokenizer(tokenizers.models.BPE())
+        cased.save(str(tmp_path / "tokenizer.json"))
+        retriever.prompt_builder = copy.copy(retriever.prompt_builder)
+        retriever.prompt_builder.tokenizer = QueryTokenizer.from_pretrained(tmp_path)
+    cased = ServedBundle(served.version, dataclasses.replace(served.bundle, retriever=retriever))
+    assert key_of(served, request(query="Apple")) == key_of(served, request(query="apple"))
+    assert key_of(cased, request(query="Apple")) != key_of(cased, request(query="apple"))
+    assert key_of(cased, request(query="Apple")) == key_of(cased, request(query="Apple"))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,27 @@ def test_one_that_cannot_take_the_changes_is_let_go(pair, monkeypatch):
     assert challenger.served is None
 
 
+@pytest.mark.parametrize("meanwhile", ["let go", "taken further"])
+def test_what_the_log_made_of_it_while_the_alias_was_looked_at_stays(pair, monkeypatch, meanwhile):
+    champion, follower, challenger = pair
+    challenger.configure({"load_challenger": True})
+    challenger.follow(champion)
+    follower.log.append([], ["i00"])
+    optional = challenger._follower.optional
+
+    def slow(served, version):
+        with monkeypatch.context() as patch:
+            if meanwhile == "let go":
+                patch.setattr(challenger._follower, "up_to_date", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+            challenger.follow_log()
+        return optional(served, version)
+
+    monkeypatch.setattr(challenger._follower, "optional", slow)
+    challenger.follow(champion)
+    sequence = challenger.served and challenger.served.versions.catalog_seq
+    assert sequence == (None if meanwhile == "let go" else 1)
+
+
 @pytest.mark.parametrize("wrong", [{"canary_share": 1.5}, {"canary_share": "much"}, {"canary": 0.1}])
 def test_shares_that_cannot_be_used_change_nothing_and_are_reported(pair, wrong):
     _, _, challenger = pair
@@ -171,3 +192,9 @@ def test_where_the_challenger_fails_the_champion_answers_and_it_is_counted():
         replica.ask(version="challenger")
     with pytest.raises(VersionNotLoadedError, match="no challenger is loaded"):
         Replica(loaded=False).ask(version="challenger")
+
+
+def test_where_the_challenger_is_taken_out_meanwhile_the_champion_answers_and_nothing_failed():
+    replica = Replica(canary=True, error=VersionNotLoadedError("the challenger was taken out of service"))
+    assert replica.ask() == "answer of the champion"
+    assert (replica.calls, replica.failures) == (["challenger", "champion"], [])

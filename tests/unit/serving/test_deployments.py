@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from genrecall.serving import recall_pb2, recall_pb2_grpc
+from genrecall.registry.promotion import register
+from genrecall.serving import deployments, recall_pb2, recall_pb2_grpc
+from genrecall.serving.api import LateError, VersionNotLoadedError
 from genrecall.serving.api_keys import ApiKeyError
 from genrecall.serving.deployments import RecallDeployment
+from genrecall.serving.messages import RecallRequest
 from genrecall.serving.open_ports import refuse_open_grpc, refuse_open_port
 from genrecall.serving.recall_settings import RecallSettings
 
@@ -89,3 +96,100 @@ def test_grpc_needs_a_key_whatever_the_host():
 def test_haproxy_needs_a_key_whatever_the_host():
     with pytest.raises(ApiKeyError, match="opens its ports on all interfaces"):
         refuse_open_port("127.0.0.1", behind_haproxy=True)
+
+
+class Stop(Exception):
+    """Ends a loop that has no end."""
+
+
+@pytest.mark.parametrize("follow_s", [0, 30])
+def test_keys_are_rotated_whether_or_not_the_registry_is_followed(registry, untrained_line, tmp_path, monkeypatch, follow_s):
+    register(untrained_line(), "shop", metrics={})
+    keys = tmp_path / "keys"
+    keys.write_text("a" * 16)
+    started, slept, looks = {}, [], []
+    thread = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr(
+        deployments, "threading", SimpleNamespace(Lock=threading.Lock, Thread=lambda target, name, **_: started.setdefault(name, target) and thread)
+    )
+    settings = RecallSettings(model="models:/shop/1", follow_s=follow_s, api_keys_file=str(keys), beam_sizes=(5, 4, 3))
+    plain = RecallDeployment.func_or_class.__bases__[0]  # without Serve's part
+    replica = plain(settings.model_dump(), registry.tracking_uri)
+    monkeypatch.setattr(replica._follower, "newer", lambda *_: looks.append(1))
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) > 1:
+            raise Stop
+
+    monkeypatch.setattr(deployments, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic, perf_counter=time.perf_counter))
+    keys.write_text("b" * 16)
+    with pytest.raises(Stop):
+        started["follower"]()
+    assert (replica._keys.accept(b"a" * 16), replica._keys.accept(b"b" * 16)) == (False, True)
+    assert (slept[0], len(looks)) == ((30, 1) if follow_s else (10, 0))
+
+
+class Replica:
+    """As much of a replica as counting a request needs; `answer` stands for the queue and the engine."""
+
+    _recall = RecallDeployment.func_or_class._recall
+    _admit = RecallDeployment.func_or_class._admit
+    recall_batch = RecallDeployment.func_or_class.recall_batch
+
+    def __init__(self, answer):
+        async def answer_together(*_):
+            return [await answer()]
+
+        async def submit(*_):
+            return await answer()
+
+        self.counted = []
+        self._served, self._challenger = None, SimpleNamespace(served=None)
+        self._cache = SimpleNamespace(entries=0)
+        self._metrics = SimpleNamespace(count=lambda outcome, *_: self.counted.append(outcome), answered=lambda *_: None)
+        self._batcher = SimpleNamespace(submit=submit)
+        self._in_torch_thread = answer_together
+        self._settings = RecallSettings()
+        self._waiting = 0
+
+
+async def hang():
+    await asyncio.sleep(60)
+
+
+async def taken_out():
+    raise VersionNotLoadedError("the challenger was taken out of service")
+
+
+async def broken():
+    raise ZeroDivisionError("anything")
+
+
+async def late():
+    return None
+
+
+async def ask(replica, batch):
+    request = RecallRequest(query="hose")
+    await asyncio.wait_for(replica.recall_batch([request]) if batch else replica._recall("champion", request, time.monotonic()), 0.05)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "outcome", "error"),
+    [(hang, "gone", TimeoutError), (broken, "failed", ZeroDivisionError), (late, "late", LateError)],
+    ids=["hang", "broken", "late"],
+)
+def test_who_waits_no_longer_is_not_counted_as_a_failure_of_the_engine(batch, answer, outcome, error):
+    replica = Replica(answer)
+    with pytest.raises(error):
+        asyncio.run(ask(replica, batch))
+    assert (replica.counted, replica._waiting) == ([outcome], 0)
+
+
+def test_a_challenger_taken_out_while_a_request_waited_is_not_counted_as_a_failure_of_the_engine():
+    replica = Replica(taken_out)
+    with pytest.raises(VersionNotLoadedError):
+        asyncio.run(ask(replica, batch=False))
+    assert replica.counted == ["not_loaded"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,13 @@ def fuzz() -> Iterator[ModuleType]:
         for name in ("GENRECALL_API_KEYS", "GENRECALL_ADMIN_KEYS"):
             patch.delenv(name, raising=False)
         yield importlib.import_module("fuzz")
+
+
+def test_every_status_that_the_fuzzer_meets_is_explained_to_operators(fuzz):
+    table = re.search(r"## Answers other than 200\n(.*?)\n## ", (BENCHMARKS.parent / "docs" / "operations.md").read_text(), re.DOTALL)
+    first_cells = re.findall(r"^\|([^|]*)\|", table[1], re.MULTILINE)
+    explained = {int(status) for cell in first_cells for status in re.findall(r"\b\d{3}\b", cell)}
+    assert explained == fuzz.REFUSALS | {500}
 
 
 def test_hostile_requests_meet_no_failure_and_are_recorded(fuzz, untrained_line, tmp_path):

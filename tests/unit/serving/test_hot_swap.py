@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,59 @@ def test_a_moved_alias_brings_the_other_version_and_moving_back_the_first(regist
     # The one served before stayed loaded.
     assert follower.newer(second) is first
     assert follower.refused is None
+
+
+def test_the_version_before_makes_room_before_a_third_is_loaded(registry, versions, untrained_line, follower, monkeypatch):
+    register(untrained_line(seed=2), "shop", metrics={})
+    first = follower.load()
+    move(registry, 2)
+    second = follower.newer(first)
+    before = weakref.ref(first.bundle)
+    del first
+    assert before() is not None  # kept to go back to
+    held, load = [], hot_swap.load_bundle
+
+    def seen(path):
+        held.append(before() is not None)
+        return load(path)
+
+    monkeypatch.setattr(hot_swap, "load_bundle", seen)
+    move(registry, 3)
+    assert follower.newer(second).version.number == 3
+    assert held == [False]
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_challenger_that_becomes_champion_is_not_loaded_again(registry, versions, tmp_path, monkeypatch, logged):
+    follower = BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path if logged else None)
+    first = follower.load()
+    registry.set_registered_model_alias("shop", "challenger", "2")
+    challenger = follower.of_challenger("shop").optional(None, first.version)
+    if logged:
+        CatalogueLog(tmp_path / "shop").append([ItemRecord(item_id="n0", title="hose")])
+    monkeypatch.setattr(hot_swap, "load_bundle", lambda _: pytest.fail("loaded again"))
+    move(registry, 2)
+    second = follower.newer(first, challenger)
+    assert second.versions.model == "shop/2"
+    assert (second.versions.role, challenger.versions.role) == ("champion", "challenger")
+    assert second.bundle.retriever.model is challenger.bundle.retriever.model
+    assert second.versions.catalog_seq == int(logged)
+    move(registry, 1)
+    assert follower.newer(second, challenger).bundle.retriever.model is first.bundle.retriever.model
+
+
+def test_loading_a_version_does_not_lose_the_place_of_the_one_in_service_in_the_log(registry, versions, tmp_path, monkeypatch):
+    follower = BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path)
+    first = follower.load()
+    site = CatalogueLog(tmp_path / "shop")
+    for number in range(5):
+        site.append([], [f"gone {number}"])
+    first = follower.up_to_date(first)
+    place = follower.log._read_to
+    assert place.sequence == 5
+    move(registry, 2)
+    assert follower.newer(first).versions.catalog_seq == 5
+    assert follower.log._read_to is place
 
 
 def test_latest_champion_settles_on_its_model(registry, versions):

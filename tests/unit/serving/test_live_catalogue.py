@@ -26,6 +26,7 @@ from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.messages import Filters, RecallRequest
 from genrecall.serving.recall_service import ServedBundle, answer_batch
 from genrecall.sid.assign import load_assigner
+from genrecall.sid.item_ids import ItemIds
 from genrecall.storage import sha256_of
 
 EVERYTHING = {"beam_size": 200, "limit": 1000}
@@ -198,6 +199,36 @@ def test_what_is_out_of_stock_is_passed_over_by_the_filter_alone(bundle, log):
     assert set(items_of(live, filters=Filters(in_stock=True, brands=["Zenith"]))) == {"i00"}
 
 
+def test_a_step_looks_up_the_ids_that_it_names_however_many_are_out_of_stock(bundle, log, monkeypatch):
+    log.append([record(f"n{number}") for number in range(20)])
+    log.append([], in_stock={f"{kind}{number:{width}}": False for kind, width in (("i", "02"), ("n", "")) for number in range(20)})
+    live = followed(bundle, log)
+    assert live.drift.out_of_stock_items == 40
+    log.append([record("new")], in_stock={"i03": True})
+    looked_up, rows_of = [], ItemIds.rows_of
+
+    def counted(self, ids):
+        ids = list(ids)
+        looked_up.append(len(ids))
+        return rows_of(self, ids)
+
+    monkeypatch.setattr(ItemIds, "rows_of", counted)
+    live = live.caught_up(log)
+    assert live.drift.out_of_stock_items == 39
+    assert max(looked_up) <= 2
+
+
+def test_rows_of_flagged_items_follow_when_rows_are_freed(bundle, log, monkeypatch):
+    monkeypatch.setattr(live_catalogue, "_UNUSED_ROWS", 2)
+    log.append([record(f"n{number}") for number in range(6)], ["i07"], in_stock={"n1": False, "n4": False, "n5": False, "i07": False, "i08": False})
+    live = followed(bundle, log)
+    log.append([record("i07")], ["n0", "n4"])  # an item that is listed again has the rows behind the bundle's numbered anew
+    live = live.caught_up(log)
+    assert live.ids_of(live.flagged_rows) == ["i07", "i08", "n1", "n5"]
+    assert live.flagged_rows.tolist() == [7, 8, 40, 43]  # n1, n2, n3, n5
+    assert {"n1", "n5", "i07", "i08"} == set(items_of(live)) - set(items_of(live, filters=Filters(in_stock=True)))
+
+
 CHANGE = st.tuples(
     st.sampled_from(["i00", "i01", "i17", "n0", "n1", "n2", "n3"]),
     st.sampled_from(["delist", *THINGS]),
@@ -245,6 +276,7 @@ def test_any_history_ends_where_the_newest_records_say_however_it_is_followed(bu
         and (not wanted.get("in_stock") or stock.get(one, True))
     }
     for state in (live, late):
+        assert state.flagged_rows.tolist() == sorted(state.rows_of(state.out_of_stock).tolist())
         assert {one: (item.title, item.brand, item.category_path) for one, item in items_of(state, filters=filters).items()} == expected
         assert state.num_listed == len(shop)
     one, other = (answer(state, filters=filters, history=["n1", "i00"]) for state in (live, late))
