@@ -56,9 +56,14 @@ def _fail(dataset: Artifact, request_id: str, what: str) -> None:
 def _check_request_ids(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
     for number, later in enumerate(SPLITS):
         for earlier in SPLITS[:number]:
-            shared = frames[later]["request_id"].isin(frames[earlier]["request_id"])
+            shared = _keys(frames[later]).isin(_keys(frames[earlier]))
             if shared.any():
                 _fail(dataset, frames[later]["request_id"][shared].iloc[0], f"is in both {earlier} and {later}")
+
+
+def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
+    """What tells requests apart: shopper and id, since request assembly takes ids per shopper."""
+    return pd.MultiIndex.from_arrays([frame["user_id"].fillna(""), frame["request_id"]])
 
 
 def _check_time(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
