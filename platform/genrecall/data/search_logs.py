@@ -32,7 +32,7 @@ from genrecall.data.validation import RowRules
 from genrecall.local_ray import ensure_ray
 from genrecall.storage import Artifact, Draft, Stage, remove_tree
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 _MAX_PARTITIONS = 1_000
 _logger = logging.getLogger(__name__)
 

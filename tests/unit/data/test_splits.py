@@ -42,6 +42,15 @@ def test_last_request_of_each_shopper_is_test_and_the_one_before_validation() ->
     assert leave_last_out(np.zeros(0, dtype=int), np.zeros(0, dtype=int)).tolist() == []
 
 
+def test_requests_of_a_shopper_at_one_place_in_time_stay_on_one_side() -> None:
+    users = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    order = np.array([1, 2, 3, 3, 5, 5, 6, 7, 6])
+    # Shopper 0 ends with two requests at once, shopper 1 with one after two at once; both have three places.
+    assert leave_last_out(users, order).tolist() == [TRAIN, VALIDATION, TEST, TEST, TRAIN, TRAIN, VALIDATION, TEST, VALIDATION]
+    # Three requests at two places: nothing is surely before the last but one.
+    assert leave_last_out(np.zeros(3, dtype=int), np.array([1, 2, 2])).tolist() == [TRAIN] * 3
+
+
 def test_spellings_of_one_query_fall_into_one_split() -> None:
     queries = [f"query {number}" for number in range(3_000)]
     splits = by_query(queries, seed=1, validation_fraction=0.1, test_fraction=0.1)

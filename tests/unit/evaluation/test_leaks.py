@@ -72,6 +72,26 @@ def test_later_purchase_of_a_test_shopper_is_caught(make_dataset: Make, log: Log
         check_no_leaks(make_dataset(tmp_path / "d", leaky, split="leave_last_out"))
 
 
+def test_requests_of_one_second_are_split_as_they_are_checked(make_dataset: Make, tmp_path: Path) -> None:
+    log = split_by_last(*(click(f"r{number}", number, minute=min(number, 3)) for number in range(5)))  # r3 and r4 at once
+    assert [row["request_id"] for row in log["test"]] == ["r3", "r4"]
+    check_no_leaks(make_dataset(tmp_path / "seconds", log, split="leave_last_out"))
+    log = split_by_last(*(click(f"r{number}", number, sequence=number // 2) for number in range(6)))
+    assert {name: [row["request_id"] for row in rows] for name, rows in log.items()} == {"train": ["r0", "r1"], "validation": ["r2", "r3"], "test": ["r4", "r5"]}
+    check_no_leaks(make_dataset(tmp_path / "sequences", log, split="leave_last_out"))
+
+
+def test_a_sequence_orders_the_requests_of_one_second(make_dataset: Make, tmp_path: Path) -> None:
+    events = [click(f"r{number}", number, minute=0, sequence=number) for number in range(4)]
+    log = split_by_last(*events)
+    assert [row["request_id"] for row in log["test"]] == ["r3"]
+    assert log["test"][0]["history"] == ["i000", "i001", "i002"]
+    check_no_leaks(make_dataset(tmp_path / "clean", log, split="leave_last_out"))
+    log["train"].append(log["test"][0] | {"request_id": "later", "sequence": 9, "history": []})
+    with pytest.raises(LeakError, match=r"'later': is in train but not before the test request of its shopper"):
+        check_no_leaks(make_dataset(tmp_path / "leaky", log, split="leave_last_out"))
+
+
 def test_query_on_both_sides_is_caught_whatever_its_case(make_dataset: Make, log: Log, tmp_path: Path) -> None:
     split: Log = {name: [row | {"query": f"{name} {number}"} for number, row in enumerate(rows)] for name, rows in log.items()}
     check_no_leaks(make_dataset(tmp_path / "clean", split, split="by_query"))
