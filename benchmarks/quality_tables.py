@@ -303,7 +303,9 @@ def _gain_rows(found: Mapping[tuple[str, str], Record], rows: Sequence[str]) -> 
             by_pair.setdefault((row, match["base"]), {})[column] = record
     wanted = [(row, base) for base in rows for row in rows if (row, base) in by_pair]
     columns = [*RECALLS, *SID_METRICS, *(f"{metric}, misses gone" for metric in SID_MISSES)]
-    return [(f"{row_name(row)} over {row_name(base)}", {name: by_pair[row, base][name] for name in columns if name in by_pair[row, base]}) for row, base in wanted]
+    return [
+        (f"{row_name(row)} over {row_name(base)}", {name: by_pair[row, base][name] for name in columns if name in by_pair[row, base]}) for row, base in wanted
+    ]
 
 
 def _beam_line(found: Mapping[tuple[str, str], Record], base: str) -> str:

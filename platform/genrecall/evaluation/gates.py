@@ -109,7 +109,9 @@ def _floors(candidate: Mapping[str, Any], config: GateConfig) -> tuple[list[str]
             failures.append(f"{name} must have a lower bound of at least {least:+.1%} and was not measured; {_measured_beside(candidate, name)}")
             continue
         if record["low"] is None:
-            failures.append(f"{name} must have a lower bound of at least {least:+.1%} and has no interval on this data set; remove it from required_lower_bounds")
+            failures.append(
+                f"{name} must have a lower bound of at least {least:+.1%} and has no interval on this data set; remove it from required_lower_bounds"
+            )
             continue
         sentence = f"{name} is {record['value']:+.1%} with a lower bound of {record['low']:+.1%}; at least {least:+.1%} is required"
         (passes if record["low"] >= least else failures).append(sentence)

@@ -77,7 +77,11 @@ def test_requests_of_one_second_are_split_as_they_are_checked(make_dataset: Make
     assert [row["request_id"] for row in log["test"]] == ["r3", "r4"]
     check_no_leaks(make_dataset(tmp_path / "seconds", log, split="leave_last_out"))
     log = split_by_last(*(click(f"r{number}", number, sequence=number // 2) for number in range(6)))
-    assert {name: [row["request_id"] for row in rows] for name, rows in log.items()} == {"train": ["r0", "r1"], "validation": ["r2", "r3"], "test": ["r4", "r5"]}
+    assert {name: [row["request_id"] for row in rows] for name, rows in log.items()} == {
+        "train": ["r0", "r1"],
+        "validation": ["r2", "r3"],
+        "test": ["r4", "r5"],
+    }
     check_no_leaks(make_dataset(tmp_path / "sequences", log, split="leave_last_out"))
 
 
