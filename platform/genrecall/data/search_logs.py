@@ -106,7 +106,7 @@ def prepare_data(config: PrepareDataConfig, *, uri: str, data_root: str, force: 
     """Make the dataset artifact at `uri` from the source that `config` names.
 
     Args:
-        data_root: folder or URI under which sources lie.
+        data_root: folder or URI under which sources lie; "" where there is none (then sources are named by absolute places).
         force: redo it even if the artifact there matches config and input files.
 
     Returns:

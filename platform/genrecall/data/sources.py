@@ -54,7 +54,7 @@ def open_files(items: str, events: str, users: str | None, data_root: str) -> So
     portions: list[Portion] = []
     for table, place in (("items", items), ("users", users), ("events", events)):
         if place:
-            portions += find_portions(table, _within(data_root, place), first_number=len(portions))
+            portions += find_portions(table, within(data_root, place), first_number=len(portions))
     uris = sorted({portion.uri for portion in portions})
     return Source("canonical", _origin("canonical", data_root, uris), "real", None, portions=tuple(portions))
 
@@ -62,7 +62,7 @@ def open_files(items: str, events: str, users: str | None, data_root: str) -> So
 def open_adapter(name: str, folder: str | None, data_root: str, *, seed: int) -> Source:
     """An outside data set, read by its adapter from `folder` (default: the usual one) under `data_root`."""
     module, usual = ADAPTERS[name]
-    root = Path(_within(data_root, folder or usual))
+    root = Path(within(data_root, folder or usual))
     if "://" in str(data_root) or not root.is_dir():
         raise DataError(f"{name}: no folder {root}; put the data set's files there, or set GENRECALL_DATA or folder= to where they lie (a local folder)")
     raw: RawTables = importlib.import_module(f"genrecall.data.adapters.{module}").read(root, seed=seed)
@@ -112,8 +112,20 @@ def _pieces(chunks: Iterable[pa.Table], schema: pa.Schema, where: str) -> Iterat
         yield pa.concat_tables(waiting)
 
 
-def _within(data_root: str, place: str) -> str:
-    return place if "://" in place or Path(place).is_absolute() else f"{data_root.rstrip('/')}/{place}"
+def within(data_root: str, place: str) -> str:
+    """`place` under the data root, unless it is absolute or a URI.
+
+    Raises:
+        DataError: there is no data root and `place` needs one.
+    """
+    if "://" in place or Path(place).is_absolute():
+        return place
+    if not data_root:
+        raise DataError(
+            f"{place}: is looked for under GENRECALL_DATA, which is not set in this Ray job; set it to an absolute path or URI in the job's runtime environment "
+            "(env_vars) or where Ray is started, or give an absolute path"
+        )
+    return f"{data_root.rstrip('/')}/{place}"
 
 
 def _origin(name: str, root: str, uris: list[str]) -> Artifact:
