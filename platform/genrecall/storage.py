@@ -133,10 +133,13 @@ class Stage:
         return open_artifact(self.uri, kind=self.kind)
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Draft]:
+    def write(self, *, num_workers: int | None = None) -> Iterator[Draft]:
         """Yield a draft folder; on success it becomes the artifact at `uri`, on any error nothing is left.
 
         What killed writers of this artifact left is cleared first: drafts untouched for a day, and an artifact moved aside.
+
+        Args:
+            num_workers: of the training behind it, for the manifest: batches depend on it, though the identity does not.
         """
         remote = "://" in self.uri
         parent = Path(tempfile.gettempdir()) if remote else Path(self.uri).parent
@@ -151,7 +154,7 @@ class Stage:
         try:
             draft = Draft(path)
             yield draft
-            manifest = self._manifest(draft)
+            manifest = self._manifest(draft) | ({} if num_workers is None else {"num_workers": num_workers})
             _write_synced(path / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
             if remote:
                 _upload(path, self.uri)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,6 +69,16 @@ def test_an_artifact_opens_with_its_files_and_counts(root: str) -> None:
     assert artifact.file("sub/b.txt").read_text() == "b"
     assert artifact.manifest["row_counts"] == {"rows": 3}
     assert artifact.manifest["libraries"]["torch"]
+
+
+def test_the_manifest_notes_the_workers_of_a_training_and_nothing_hangs_on_it(tmp_path: Path) -> None:
+    one = stage(str(tmp_path / "toy"))
+    made = make(one)
+    with one.write(num_workers=4) as draft:
+        shutil.copytree(made.path / "sub", draft.path / "sub")
+        shutil.copy(made.path / "a.txt", draft.path)
+    assert one.open().manifest["num_workers"] == 4
+    assert one.open().hash == made.hash
 
 
 def test_a_matching_artifact_is_found_and_another_config_version_or_parent_is_not(root: str) -> None:
