@@ -79,6 +79,24 @@ def open_marketplace(size: str, *, seed: int) -> Source:
     return Source("marketplace", Artifact("marketplace", Path(), manifest), raw.query_kind, raw.split, raw=raw)
 
 
+def open_erased_users(place: str, data_root: str) -> tuple[frozenset[str], Artifact]:
+    """The user ids of a text file, one a line, and what stands for them as a parent: its hash changes when the set of ids does, and holds no id.
+
+    Raises:
+        DataError: no such file, or not UTF-8.
+    """
+    uri = within(data_root, place)
+    try:
+        with fsspec.open(uri, "rb") as file:
+            ids = frozenset(line.strip() for line in file.read().decode("utf-8-sig").splitlines()) - {""}
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"erased_users: no file {uri}; give a text file with one user id a line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{uri}: not UTF-8 (byte {error.start}); save it as UTF-8 text with one user id a line") from error
+    digest = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+    return ids, Artifact(uri, Path(), {"kind": "erased_users", "identity": digest})
+
+
 def stage_tables(source: Source, folder_uri: str) -> list[Portion]:
     """Write what a source streams to Parquet files under `folder_uri` and return them as portions; a site's own files stay put."""
     if source.raw is None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecall.data.splits import TEST, TRAIN, VALIDATION, by_query, by_time, leave_last_out, normal_query, text_hash, time_cuts
@@ -26,6 +26,7 @@ def test_weights_stand_for_that_many_requests() -> None:
     assert time_cuts(np.array([1, 2, 3]), np.array([1.0, 1.0, 8.0]), validation_fraction=0.0, test_fraction=0.8)[1] == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.floats(0, 0.4), st.floats(0.01, 0.4))
 def test_training_is_strictly_earlier_than_validation_and_test(moments: list[int], validation: float, test: float) -> None:
     times = np.array(moments)
