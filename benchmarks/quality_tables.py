@@ -279,12 +279,12 @@ def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
     blocks = [
         markdown_table(
             ["", *(["items/SID"] if is_sid else []), *metrics],
-            [[_name(row), *([_size(found.get((row, SIZE)))] if is_sid else []), *_cells(found, row, metrics)] for row in rows_there],
+            [[row_name(row), *([_size(found.get((row, SIZE)))] if is_sid else []), *_cells(found, row, metrics)] for row in rows_there],
         )
     ]
     cuts = sorted({metric for _, metric in found if metric.startswith(CUT)}, key=lambda metric: int(metric.removeprefix(CUT)))
     if cuts:
-        cut_rows = [[_name(row), *_cells(found, row, cuts)] for row in rows_there if row in CUT_ROWS]
+        cut_rows = [[row_name(row), *_cells(found, row, cuts)] for row in rows_there if row in CUT_ROWS]
         blocks += ["Cut to the 1,000 items of highest prior:", markdown_table(["", *(f"beam {metric.removeprefix(CUT)}" for metric in cuts)], cut_rows)]
         blocks += [_beam_line(found, base) for base in CUT_ROWS if (MAIN, f"{SAVED}{base}") in found]
     gains = _gain_rows(found, rows_there)
@@ -303,16 +303,18 @@ def _gain_rows(found: Mapping[tuple[str, str], Record], rows: Sequence[str]) -> 
             by_pair.setdefault((row, match["base"]), {})[column] = record
     wanted = [(row, base) for base in rows for row in rows if (row, base) in by_pair]
     columns = [*RECALLS, *SID_METRICS, *(f"{metric}, misses gone" for metric in SID_MISSES)]
-    return [(f"{_name(row)} over {_name(base)}", {name: by_pair[row, base][name] for name in columns if name in by_pair[row, base]}) for row, base in wanted]
+    return [
+        (f"{row_name(row)} over {row_name(base)}", {name: by_pair[row, base][name] for name in columns if name in by_pair[row, base]}) for row, base in wanted
+    ]
 
 
 def _beam_line(found: Mapping[tuple[str, str], Record], base: str) -> str:
     best, needed, saved = found[base, BEST], found[MAIN, f"{NEEDED}{base}"], found[MAIN, f"{SAVED}{base}"]
     if saved["value"] is None:
-        return f"{_name(base)} is best at beam {best['value']:.0f}; {_name(MAIN)} is as good at no beam measured."
+        return f"{row_name(base)} is best at beam {best['value']:.0f}; {row_name(MAIN)} is as good at no beam measured."
     low, high = ("less than measured" if saved[bound] is None else f"{100 * saved[bound]:+.0f}" for bound in ("low", "high"))
     return (
-        f"{_name(base)} is best at beam {best['value']:.0f} ({best['low']:.0f} to {best['high']:.0f}); {_name(MAIN)} is as good at beam {needed['value']:.0f}: "
+        f"{row_name(base)} is best at beam {best['value']:.0f} ({best['low']:.0f} to {best['high']:.0f}); {row_name(MAIN)} is as good at beam {needed['value']:.0f}: "
         f"{100 * saved['value']:+.0f} % ({low} to {high}) SIDs saved."
     )
 
@@ -323,7 +325,3 @@ def _cells(found: Mapping[tuple[str, str], Record], row: str, metrics: Sequence[
 
 def _size(record: Record | None) -> str:
     return "" if record is None or record["value"] is None else f"{record['value']:.2f}"
-
-
-def _name(row: str) -> str:
-    return "RQ-VAE, books resized" if row == "rqvae_resized" else row_name(row)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -69,13 +71,17 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain JSON values (tuples become lists)."""
-    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+    """The config as plain JSON values (tuples become lists).
+
+    Raises:
+        ValueError: a number that is not finite, which JSON cannot hold.
+    """
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False)))
 
 
 def config_hash(config: Any) -> str:
     """A sha256 (hex) over the config's canonical JSON: equal exactly when all values are equal."""
-    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -126,7 +132,7 @@ def _parse(hint: Any, text: str) -> tuple[Any, str | None]:
         return text, _check(hint, text)
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # not JSON, or an integer of thousands of digits
         return None, f"expected {_name(hint)}, got {text!r}"
     return value, _check(hint, value)
 
@@ -148,6 +154,8 @@ def _name(hint: Any) -> str:
 def _check(hint: Any, value: Any) -> str | None:
     """What is wrong with `value` as a `hint`, or None."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"expected a finite number, got {value!r}"
     if _is_union(hint):
         return None if any(_check(option, value) is None for option in args) else f"expected {_name(hint)}, got {value!r}"
     if origin is typing.Literal:
@@ -163,7 +171,7 @@ def _check(hint: Any, value: Any) -> str | None:
             element_types = args
         return next((problem for element, one in zip(element_types, value, strict=True) if (problem := _check(element, one))), None)
     if hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     elif hint is int:
         ok = isinstance(value, int) and not isinstance(value, bool)
     elif hint is type(None):
@@ -215,7 +223,7 @@ def _problems_of(config: Any, prefix: str = "") -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where a run reads and writes: absolute paths or URIs."""
+    """Where a run reads and writes: absolute paths or URIs; `data` is "" where nothing says where raw data lie."""
 
     home: str
     data: str
@@ -226,8 +234,8 @@ def places() -> Places:
     """The places named by `GENRECALL_HOME`, `GENRECALL_DATA` and `MLFLOW_TRACKING_URI`.
 
     Outside a Ray job, unset places default to `./artifacts`, `../shared/data` and a sqlite file in the home, and relative
-    ones are taken from the working folder. Inside a Ray job the working folder is a temporary copy, so a relative or
-    missing home is an error.
+    ones are taken from the working folder. Inside a Ray job the working folder is a temporary copy, so a relative place or a
+    missing home is an error, and `data` has no default: only sources that read files need it, and they say so.
 
     Raises:
         ConfigError: a relative or missing place inside a Ray job.
@@ -246,7 +254,7 @@ def places() -> Places:
         return value if "://" in value else str(Path(value).expanduser().resolve())
 
     home = absolute("GENRECALL_HOME", None if inside_job else "artifacts")
-    data = absolute("GENRECALL_DATA", home if inside_job else "../shared/data")
+    data = "" if inside_job and not os.environ.get("GENRECALL_DATA") else absolute("GENRECALL_DATA", "../shared/data")
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     if not tracking:
         if "://" in home:

@@ -1,6 +1,7 @@
 """Artifact folders: written whole or not at all, described by a manifest, checked by hash when opened.
 
-A local artifact is written under a temporary name, fsynced and renamed. On an object store, which has no rename, the files
+A local artifact is written under a temporary name, fsynced and renamed; one already there is first moved aside, and moved back by the next run of its
+job should the process die in between. On an object store, which has no rename, the files
 go up first and the manifest last: a folder without a manifest is not an artifact. The hash of an artifact is the sha256 of
 its manifest without the creation time, so it covers every file, the config, the algorithm version and the parents.
 """
@@ -15,9 +16,11 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +34,7 @@ from genrecall.config import config_hash, to_dict
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
 
 FORMAT_VERSION = 1
+_ABANDONED_S = 24 * 3600
 MANIFEST = "manifest.json"
 _JOB_OF_KIND = {
     "dataset": "prepare_data",
@@ -125,23 +129,36 @@ class Stage:
         if force:
             remove_tree(f"{self.uri}.work")
             return None
+        if "://" not in self.uri:
+            _recover(Path(self.uri))
         manifest = read_manifest(self.uri)
         if manifest is None or manifest.get("identity") != self._identity():
             return None
         return open_artifact(self.uri, kind=self.kind)
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Draft]:
-        """Yield a draft folder; on success it becomes the artifact at `uri`, on any error nothing is left."""
+    def write(self, *, num_workers: int | None = None) -> Iterator[Draft]:
+        """Yield a draft folder; on success it becomes the artifact at `uri`, on any error nothing is left.
+
+        What killed writers of this artifact left is cleared first: drafts untouched for a day, and an artifact moved aside.
+
+        Args:
+            num_workers: of the training behind it, for the manifest: batches depend on it, though the identity does not.
+        """
         remote = "://" in self.uri
         parent = Path(tempfile.gettempdir()) if remote else Path(self.uri).parent
         parent.mkdir(parents=True, exist_ok=True)
+        if not remote:
+            _recover(Path(self.uri))
+        for abandoned in _left_behind(parent, Path(self.uri).name, "tmp"):
+            if _last_touched(abandoned) < time.time() - _ABANDONED_S:
+                shutil.rmtree(abandoned, ignore_errors=True)
         path = parent / f".{Path(self.uri).name}.{uuid.uuid4().hex}.tmp"
         path.mkdir()
         try:
             draft = Draft(path)
             yield draft
-            manifest = self._manifest(draft)
+            manifest = self._manifest(draft) | ({} if num_workers is None else {"num_workers": num_workers})
             _write_synced(path / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True))
             if remote:
                 _upload(path, self.uri)
@@ -357,6 +374,31 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _recover(target: Path) -> None:
+    """Finish what a process killed inside `_replace` left: the artifact moved aside goes back where no other took its place, else it goes."""
+    aside = _left_behind(target.parent, target.name, "old")
+    if aside and not target.exists():
+        aside.pop().rename(target)
+    for older in aside:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def _left_behind(parent: Path, name: str, suffix: str) -> list[Path]:
+    """The folders `.NAME.<uuid>.SUFFIX` in `parent`, oldest first."""
+    own = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}\.{suffix}")
+    found = [path for path in parent.glob(f".*.{suffix}") if own.fullmatch(path.name)]
+    return sorted(found, key=_last_touched)
+
+
+def _last_touched(folder: Path) -> float:
+    """When something in `folder` last changed, in seconds since 1970; 0 where it is gone."""
+    touched = [0.0]
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):
+            touched.append(path.stat().st_mtime)
+    return max(touched)
 
 
 def _upload(source: Path, uri: str) -> None:

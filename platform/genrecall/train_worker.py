@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import ray
 import torch
 from ray import train as ray_train
@@ -45,6 +46,7 @@ from genrecall.tracking import MetricLog
 logger = logging.getLogger(__name__)
 
 _STATE = "state.json"
+_WRITTEN_BY = ("num_workers", "zero_stage")  # settings that a checkpoint's shards hang on
 _SHOWN_METRICS = 8  # in a progress line; MLflow gets all of them
 
 
@@ -54,7 +56,10 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How training is spread over the cluster. Not part of any artifact's identity."""
+    """How training is spread over the cluster. Not part of any artifact's identity; `num_workers` is noted in its manifest.
+
+    A checkpoint is resumed with the `num_workers` and `zero_stage` that wrote it, since each worker holds its share of the optimizer.
+    """
 
     num_workers: int = 1
     cpus_per_worker: int = 1
@@ -91,8 +96,10 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
         train: worker count and resources.
 
     Raises:
-        TrainingError: the workers failed more than `max_failures` times; the last checkpoint is kept.
+        TrainingError: a checkpoint of other `num_workers` or `zero_stage`; more workers than the cluster holds; the workers failed more than
+            `max_failures` times (the last checkpoint is kept).
     """
+    _check_resumable(name, stage.work_uri, train)
     ensure_ray()
     needed = train.num_workers * train.cpus_per_worker
     available = int(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
@@ -133,6 +140,20 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
     if "://" in work_parent:
         return Path(result.checkpoint.to_directory()) / "export"
     return Path(result.checkpoint.path) / "export"
+
+
+def _check_resumable(name: str, work_uri: str, train: TrainSettings) -> None:
+    """Refuse a checkpoint that other settings wrote, before workers start and DeepSpeed fails to load it."""
+    filesystem, root = fsspec.core.url_to_fs(work_uri)
+    filesystem.invalidate_cache()
+    ours = {setting: getattr(train, setting) for setting in _WRITTEN_BY}
+    for file in sorted(filesystem.glob(f"{root}/checkpoint_*/{_STATE}")):
+        theirs = json.loads(filesystem.cat_file(file)).get("written_by", ours)
+        if theirs != ours:
+            wanted, now = (" ".join(f"train.{setting}={value}" for setting, value in one.items()) for one in (theirs, ours))
+            raise TrainingError(
+                f"{name}: the checkpoint in {work_uri} was written with {wanted}, this run has {now}; go on from it with {wanted}, or begin again with --force"
+            )
 
 
 def _run_loop(loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
@@ -203,6 +224,7 @@ class TrainWorker:
         self.model = model.to(self.device)
         self.total_steps = total_steps
         self._learning_rate = learning_rate
+        self._written_by = {setting: int(settings[setting]) for setting in _WRITTEN_BY}
         self._checkpoint_every = int(settings["checkpoint_every_steps"])
         self._step = 0
         self._metric_log = MetricLog(settings["tracking_uri"], settings["tracking_run_id"]) if self.rank == 0 else None
@@ -322,7 +344,7 @@ class TrainWorker:
         try:
             self._engine.save_checkpoint(str(folder), tag="deepspeed")
             if self.rank == 0:
-                (folder / _STATE).write_text(json.dumps(dict(state)))
+                (folder / _STATE).write_text(json.dumps({**state, "written_by": self._written_by}))
                 if write is not None:
                     write(folder)
                 if export is not None:

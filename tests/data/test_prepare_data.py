@@ -6,6 +6,7 @@ import csv
 import datetime
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ import pytest
 
 from genrecall.config import ConfigError, from_dict
 from genrecall.data.catalog import load_catalog
-from genrecall.data.erasure import erase_users
 from genrecall.data.interactions import load_requests, popularity, query_item_pairs
 from genrecall.data.schema import SPLITS, DataError
 from genrecall.data.search_logs import PrepareDataConfig, prepare_data
-from genrecall.storage import Artifact, ArtifactError
+from genrecall.storage import Artifact
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -184,7 +184,7 @@ def test_rejects_are_counted_by_reason_and_stored(tmp_path: Path) -> None:
     dataset = prepare(tmp_path, max_rejected_fraction=0.1)
     stats = dataset.json("stats.json")
     assert stats["rejected"] == {"conflicting_duplicate": 1, "future_timestamp": 1, "unknown_action": 1, "unknown_item": 1}
-    assert stats["removed"] == {"duplicate": 1, "bot": 0}
+    assert stats["removed"] == {"duplicate": 1, "bot": 0, "erased": 0}
     assert stats["noted"]["repeated_items"] == 1
     rows = {row["reason"]: row for row in pq.read_table(dataset.file("rejected")).to_pylist()}
     assert (rows["unknown_item"]["row"], rows["unknown_item"]["value"], Path(rows["unknown_item"]["file"]).name) == (10, "ghost", "events.parquet")
@@ -253,16 +253,36 @@ def test_unchanged_input_is_not_done_again_and_changed_input_is(tmp_path: Path) 
     assert prepare(tmp_path).hash != first.hash
 
 
-def test_erasing_shoppers_leaves_no_trace_of_them(tmp_path: Path) -> None:
-    save(tmp_path, *shop())
-    dataset = prepare(tmp_path)
-    erased = erase_users(dataset, ["u1", "u3"], uri=str(tmp_path / "erased"))
-    assert erased.json("stats.json")["requests"] == {"train": 32, "validation": 4, "test": 4}
-    for name in ("users", *(f"{kind}/{split}" for kind in ("requests", "events") for split in SPLITS)):
-        table = pq.read_table(erased.file(name))
-        assert not {"u1", "u3"} & set(table["user_id"].to_pylist())
-    with pytest.raises(ArtifactError, match="expected an artifact of kind 'dataset'"):
-        erase_users(Artifact(dataset.uri, dataset.path, {**dataset.manifest, "kind": "encoder"}), ["u1"], uri=str(tmp_path / "x"))
+def test_nothing_of_erased_shoppers_is_built_however_often(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    items, users, events = shop()
+    glance = {**events[4], "action": "glance"}  # of u1; it would be rejected and keep its row number
+    save(tmp_path, items, users, [*events, glance], style="jsonl")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"query": "' + "my own words " * 20 + '", "user_id": "u1", "action"\n')  # cut off, and its id lies beyond what a rejected row shows
+        file.write('{"query": "another\'s words", "user_id": "u2", "action"\n')
+    (tmp_path / "erased.txt").write_text("u3\n\n u1 \n")
+    settings: Row = {"style": "jsonl", "erased_users": "erased.txt", "max_rejected_fraction": 0.1}
+    with caplog.at_level("INFO"):
+        dataset = prepare(tmp_path, **settings)
+    stats = dataset.json("stats.json")
+    # Ten of the sixty requests belong to each of the six shoppers.
+    assert stats["requests"] == {"train": 32, "validation": 4, "test": 4}
+    assert stats["users"] == 4
+    assert stats["removed"]["erased"] == 2 + 1 + sum(row["user_id"] in ("u1", "u3") for row in events)
+    rejected = pq.read_table(dataset.file("rejected")).to_pylist()
+    assert [(row["reason"], row["row"] - len(events)) for row in rejected] == [("malformed_row", 1), ("malformed_row", 2)]
+    assert [row["value"] == "" for row in rejected] == [True, False]
+    everything = [json.dumps(pq.read_table(file).to_pylist(), default=str) for file in dataset.path.rglob("*.parquet")]
+    everything += [file.read_text() for file in dataset.path.rglob("*.json")] + [caplog.text]
+    assert not any(re.search(r"\bu[13]\b|my own words", text) for text in everything)
+    assert sum(bool(re.search(r"\bu2\b", text)) for text in everything) >= 3
+    # The next run of the line finds it done, whatever the order of the file's lines; another shopper's id makes it anew.
+    (tmp_path / "erased.txt").write_text("u1\nu3")
+    assert prepare(tmp_path, **settings).manifest["created"] == dataset.manifest["created"]
+    (tmp_path / "erased.txt").write_text("u1\nu3\nu5\n")
+    assert prepare(tmp_path, **settings).json("stats.json")["users"] == 3
+    with pytest.raises(DataError, match=r"erased_users: no file .*gone\.txt; give a text file with one user id a line"):
+        prepare(tmp_path, **{**settings, "erased_users": "gone.txt"})
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,11 @@ def test_a_run_whose_worker_dies_goes_on_from_its_checkpoint(ray_cluster: None, 
     assert summary["start"] == 10  # not 0, and not 15: the last checkpoint
     assert summary["loss"] < 1.0  # 2.3 at the start
     assert exported.is_relative_to(tmp_path)
+    # The driver dies before the artifact is written, and the job is run again with another number of workers.
+    with pytest.raises(
+        TrainingError, match=r"was written with train\.num_workers=2 train\.zero_stage=2, this run has train\.num_workers=1 train\.zero_stage=2"
+    ):
+        fit(loop, {}, name="toy", stage=stage(tmp_path), train=dataclasses.replace(train, num_workers=1))
 
 
 def test_more_cpus_than_the_cluster_has_is_an_error_before_anything_starts(ray_cluster: None, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ class DatasetWriter:
             "rows_read": {table: self.report.rows[table] for table in ("items", "users", "events")},
             "rejected": dict(sorted(rejected.items())),
             "rejected_by_table": dict(sorted(self.report.rejected.items())),
-            "removed": {"duplicate": noted.pop("duplicate", 0), "bot": noted.pop("bot", 0)},
+            "removed": {name: noted.pop(name, 0) for name in ("duplicate", "bot", "erased")},
             "noted": dict(sorted(noted.items())),
         }
 

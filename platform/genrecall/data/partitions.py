@@ -25,7 +25,7 @@ from genrecall.data.request_assembly import AssemblyRules, assemble_requests
 from genrecall.data.schema import EVENTS, ITEMS, REJECTED, REQUESTS, USERS
 from genrecall.data.splits import by_query, leave_last_out, text_hash
 from genrecall.data.table_readers import Portion, read_portion
-from genrecall.data.validation import ORIGIN, SCHEMAS, RowRules, check_chunk, rejections, text_columns
+from genrecall.data.validation import ORIGIN, SCHEMAS, RowRules, check_chunk, rejections, text_columns, without_shoppers
 
 SHOWN_BAD_ROWS = 5
 _TIME_SAMPLE = 5_000
@@ -42,6 +42,7 @@ class Work:
         partitions: how many, by table ("items"; "events" serves users too).
         labels: what messages call each portion's file, by portion number.
         shard_rows: rows a reading task collects before it writes a shard.
+        erased_users: shoppers whose rows are left out as they are read.
     """
 
     folder: str
@@ -53,6 +54,7 @@ class Work:
     seed: int
     validation_fraction: float
     test_fraction: float
+    erased_users: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -120,6 +122,9 @@ def read_and_partition(portion: Portion, work: Work) -> TaskReport:
             rejected.clear()
 
     for chunk in read_portion(portion, schema.names, text_columns(portion.table)):
+        if work.erased_users:  # before anything is checked, so that no rejected row keeps what such a row held
+            chunk, erased = without_shoppers(portion, chunk, work.erased_users)
+            report.noted["erased"] += erased
         checked = check_chunk(portion, chunk, work.rows)
         report.rows[portion.table] += len(chunk.table) + len(chunk.bad_rows)
         report.noted.update(checked.noted)

@@ -26,13 +26,13 @@ from genrecall.data.dataset_writer import DatasetWriter, nothing_left, parquet_f
 from genrecall.data.partitions import SHOWN_BAD_ROWS, TaskReport, Work, assemble_partition, merge_items, read_and_partition, read_parquet
 from genrecall.data.request_assembly import AssemblyRules
 from genrecall.data.schema import DataError
-from genrecall.data.sources import Source, open_adapter, open_files, open_marketplace, stage_tables
+from genrecall.data.sources import Source, open_adapter, open_erased_users, open_files, open_marketplace, stage_tables
 from genrecall.data.splits import time_cuts
 from genrecall.data.validation import RowRules
 from genrecall.local_ray import ensure_ray
 from genrecall.storage import Artifact, Draft, Stage, remove_tree
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 _MAX_PARTITIONS = 1_000
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class PrepareDataConfig:
         source: "canonical" for a site's own tables, else the built-in marketplace or an outside data set.
         items, events, users: canonical only: file, folder or glob under the data root (or absolute, or a URI) of Parquet, JSONL or CSV.
         folder: outside data sets only: where under the data root; default the data set's usual name.
+        erased_users: a text file under the data root (or absolute, or a URI) with one user id a line: nothing of these shoppers comes into the dataset.
         split: "auto" takes what fits: time where there are timestamps, else leave-last-out where there are shoppers, else by query.
             "time" without timestamps goes by `sequence`, which must then count over the whole log.
         max_test_requests: keep a seeded sample of this many test requests; the others are left out, not moved to training.
@@ -63,6 +64,7 @@ class PrepareDataConfig:
     items: str = "items"
     events: str = "events"
     users: str | None = None
+    erased_users: str | None = None
     category_separator: str = ">"
     split: Literal["auto", "time", "leave_last_out", "by_query"] = "auto"
     validation_fraction: float = 0.1
@@ -106,23 +108,27 @@ def prepare_data(config: PrepareDataConfig, *, uri: str, data_root: str, force: 
     """Make the dataset artifact at `uri` from the source that `config` names.
 
     Args:
-        data_root: folder or URI under which sources lie.
+        data_root: folder or URI under which sources lie; "" where there is none (then sources are named by absolute places).
         force: redo it even if the artifact there matches config and input files.
 
     Returns:
         An artifact of kind "dataset"; its `stats.json` has split, counts of items, users, events and requests by split, rejected rows
-        by reason, removed rows (duplicates, bots), what was changed in passing (`noted`), source and query kind.
+        by reason, removed rows (duplicates, bots, erased shoppers'), what was changed in passing (`noted`), source and query kind.
 
     Raises:
         DataError: input missing, unreadable or without a needed column; too many rejected rows; nothing left. Nothing is written then.
     """
     source = _open_source(config, data_root)
+    parents = {"source": source.origin}
+    erased: frozenset[str] = frozenset()
+    if config.erased_users is not None:
+        erased, parents["erased_users"] = open_erased_users(config.erased_users, data_root)
     stage = Stage(
         kind="dataset",
         uri=uri,
         config=config,
         algorithm_version=ALGORITHM_VERSION,
-        parents={"source": source.origin},
+        parents=parents,
         seed=config.seed,
         job="prepare_data",
     )
@@ -132,7 +138,7 @@ def prepare_data(config: PrepareDataConfig, *, uri: str, data_root: str, force: 
     remove_tree(stage.work_uri)
     try:
         with stage.write() as draft:
-            _Run(config, source, stage.work_uri).write(draft)
+            _Run(config, source, erased, stage.work_uri).write(draft)
     finally:
         remove_tree(f"{uri}.work")  # a killed run leaves it behind; the next one starts from the input again
     return stage.open()
@@ -149,7 +155,7 @@ def _open_source(config: PrepareDataConfig, data_root: str) -> Source:
 class _Run:
     """One run of the three passes; `report` adds up what the tasks tell."""
 
-    def __init__(self, config: PrepareDataConfig, source: Source, folder: str) -> None:
+    def __init__(self, config: PrepareDataConfig, source: Source, erased: frozenset[str], folder: str) -> None:
         self.config, self.source = config, source
         self.portions = stage_tables(source, f"{folder}/raw")
         self.report = TaskReport()
@@ -174,6 +180,7 @@ class _Run:
             seed=config.seed,
             validation_fraction=config.validation_fraction,
             test_fraction=config.test_fraction,
+            erased_users=erased,
         )
 
     def write(self, draft: Draft) -> None:
@@ -185,6 +192,8 @@ class _Run:
         self._run("Reading tables", lambda place: read_and_partition(portions[place], work), len(portions))
         shards = self.report.shards
         self._fail_if_too_many_rejected()
+        if work.erased_users:
+            _logger.info("left out %d rows of %d erased shoppers", self.report.noted["erased"], len(work.erased_users))
         item_shards = sorted(shards.get("items", []))
         self._run("Merging items", lambda partition: merge_items(partition, item_shards, work), work.partitions["items"])
         self._fail_if_too_many_rejected()

@@ -54,7 +54,7 @@ def open_files(items: str, events: str, users: str | None, data_root: str) -> So
     portions: list[Portion] = []
     for table, place in (("items", items), ("users", users), ("events", events)):
         if place:
-            portions += find_portions(table, _within(data_root, place), first_number=len(portions))
+            portions += find_portions(table, within(data_root, place), first_number=len(portions))
     uris = sorted({portion.uri for portion in portions})
     return Source("canonical", _origin("canonical", data_root, uris), "real", None, portions=tuple(portions))
 
@@ -62,7 +62,7 @@ def open_files(items: str, events: str, users: str | None, data_root: str) -> So
 def open_adapter(name: str, folder: str | None, data_root: str, *, seed: int) -> Source:
     """An outside data set, read by its adapter from `folder` (default: the usual one) under `data_root`."""
     module, usual = ADAPTERS[name]
-    root = Path(_within(data_root, folder or usual))
+    root = Path(within(data_root, folder or usual))
     if "://" in str(data_root) or not root.is_dir():
         raise DataError(f"{name}: no folder {root}; put the data set's files there, or set GENRECALL_DATA or folder= to where they lie (a local folder)")
     raw: RawTables = importlib.import_module(f"genrecall.data.adapters.{module}").read(root, seed=seed)
@@ -77,6 +77,24 @@ def open_marketplace(size: str, *, seed: int) -> Source:
     raw = RawTables(items=shop.items(), users=shop.users(), events=shop.events(), query_kind="simulated", split="time")
     manifest = {"kind": "source", "identity": f"marketplace {marketplace.MARKETPLACE_VERSION} {size} {seed}"}
     return Source("marketplace", Artifact("marketplace", Path(), manifest), raw.query_kind, raw.split, raw=raw)
+
+
+def open_erased_users(place: str, data_root: str) -> tuple[frozenset[str], Artifact]:
+    """The user ids of a text file, one a line, and what stands for them as a parent: its hash changes when the set of ids does, and holds no id.
+
+    Raises:
+        DataError: no such file, or not UTF-8.
+    """
+    uri = within(data_root, place)
+    try:
+        with fsspec.open(uri, "rb") as file:
+            ids = frozenset(line.strip() for line in file.read().decode("utf-8-sig").splitlines()) - {""}
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"erased_users: no file {uri}; give a text file with one user id a line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{uri}: not UTF-8 (byte {error.start}); save it as UTF-8 text with one user id a line") from error
+    digest = hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+    return ids, Artifact(uri, Path(), {"kind": "erased_users", "identity": digest})
 
 
 def stage_tables(source: Source, folder_uri: str) -> list[Portion]:
@@ -112,8 +130,20 @@ def _pieces(chunks: Iterable[pa.Table], schema: pa.Schema, where: str) -> Iterat
         yield pa.concat_tables(waiting)
 
 
-def _within(data_root: str, place: str) -> str:
-    return place if "://" in place or Path(place).is_absolute() else f"{data_root.rstrip('/')}/{place}"
+def within(data_root: str, place: str) -> str:
+    """`place` under the data root, unless it is absolute or a URI.
+
+    Raises:
+        DataError: there is no data root and `place` needs one.
+    """
+    if "://" in place or Path(place).is_absolute():
+        return place
+    if not data_root:
+        raise DataError(
+            f"{place}: is looked for under GENRECALL_DATA, which is not set in this Ray job; set it to an absolute path or URI in the job's runtime environment "
+            "(env_vars) or where Ray is started, or give an absolute path"
+        )
+    return f"{data_root.rstrip('/')}/{place}"
 
 
 def _origin(name: str, root: str, uris: list[str]) -> Artifact:

@@ -48,23 +48,27 @@ def by_time(times: np.ndarray, validation_start: int, test_start: int) -> np.nda
 def leave_last_out(users: np.ndarray, order: np.ndarray) -> np.ndarray:
     """int8 [R]: each shopper's last request is test, the one before it validation.
 
-    Shoppers with fewer than three requests stay in training, as do requests without a shopper.
+    Requests of a shopper at one place in time cannot be told apart, so they go together: where several are last, all of them test. Shoppers
+    with requests at fewer than three places stay in training, as do requests without a shopper.
 
     Args:
         users: int [R], a number per shopper, -1 where there is none.
-        order: int [R], place of each request in time; equal places are taken in array order.
+        order: int [R], place of each request in time.
     """
     splits = np.zeros(len(users), dtype=np.int8)
     known = np.flatnonzero(users >= 0)
     if not known.size:
         return splits
-    ranked = known[np.lexsort((known, order[known], users[known]))]
-    owners = users[ranked]
+    ranked = known[np.lexsort((order[known], users[known]))]
+    opens = np.append(True, (np.diff(users[ranked]) != 0) | (np.diff(order[ranked]) != 0))  # a shopper's next place
+    owners = users[ranked[opens]]
     last = np.flatnonzero(np.append(owners[1:] != owners[:-1], True))
     sizes = np.diff(np.concatenate([[-1], last]))
     last = last[sizes >= 3]
-    splits[ranked[last]] = TEST
-    splits[ranked[last - 1]] = VALIDATION
+    of_place = np.zeros(len(owners), dtype=np.int8)
+    of_place[last] = TEST
+    of_place[last - 1] = VALIDATION
+    splits[ranked] = of_place[np.cumsum(opens) - 1]
     return splits
 
 

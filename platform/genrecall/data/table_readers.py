@@ -50,7 +50,7 @@ class Portion:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be read at all."""
+    """A row that could not be read at all; `value` says what is wrong and holds the whole line, or none of it."""
 
     row: int
     reason: str
@@ -289,10 +289,10 @@ def _json_chunk(lines: list[bytes], first: int, columns: Sequence[str], options:
             bad.append(BadRow(row, "invalid_utf8", f"{error.reason} at byte {error.start}"))
             continue
         except json.JSONDecodeError as error:
-            bad.append(BadRow(row, "malformed_row", f"{error}: {line[:150].decode(errors='replace')}"))
+            bad.append(BadRow(row, "malformed_row", f"{error}: {line.decode(errors='replace')}"))
             continue
         if not isinstance(record, dict):
-            bad.append(BadRow(row, "malformed_row", f"expected a JSON object, got {line[:150].decode(errors='replace').strip()}"))
+            bad.append(BadRow(row, "malformed_row", f"expected a JSON object, got {line.decode(errors='replace').strip()}"))
             continue
         records.append(record)
         rows.append(row)

@@ -8,8 +8,8 @@ origin, so that "first" is well defined for duplicates and later rejections can 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,20 @@ def check_chunk(portion: Portion, chunk: Chunk, rules: RowRules) -> Checked:
     return Checked(table.filter(pa.array(~check.bad)), check.rejected(), noted)
 
 
+def without_shoppers(portion: Portion, chunk: Chunk, erased: Collection[str]) -> tuple[Chunk, int]:
+    """`chunk` without the rows of the shoppers `erased`, and how many rows that are; unreadable rows that name one of them keep their place but lose their text.
+
+    Raises:
+        DataError: the column of user ids has a type that can never be right.
+    """
+    bad_rows = [replace(row, value="") if any(user in row.value for user in erased) else row for row in chunk.bad_rows]
+    if "user_id" not in chunk.table.column_names or not len(chunk.table):
+        return replace(chunk, bad_rows=bad_rows), 0
+    users, _, _ = _coerce(_one_array(chunk.table["user_id"]), SCHEMAS[portion.table].field("user_id"), portion, "")
+    stays = ~_mask(pc.is_in(pc.utf8_trim_whitespace(users), value_set=pa.array(sorted(erased), pa.string())))
+    return Chunk(chunk.table.filter(pa.array(stays)), chunk.rows[stays], bad_rows), int((~stays).sum())
+
+
 def rejections(table: str, file: str, rows: np.ndarray, column: str | None, reason: str, values: Sequence[Any] | pa.Array | pa.ChunkedArray) -> pa.Table:
     """Rows of the `rejected/` table."""
     texts = pc.utf8_slice_codeunits(values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, pa.string()), 0, _SHOWN_CHARACTERS)
@@ -122,8 +136,7 @@ class _Check:
         """The column as the wanted type; rows whose value does not fit are marked bad."""
         if wanted.name not in self.chunk.table.column_names:
             return pa.nulls(len(self.chunk.table), wanted.type)
-        found = self.chunk.table[wanted.name].combine_chunks()
-        found = found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+        found = _one_array(self.chunk.table[wanted.name])
         values, misfit, reason = _coerce(found, wanted, self.portion, separator)
         self.reject(misfit, wanted.name, reason, found)
         return values
@@ -239,6 +252,11 @@ def _coerce(found: pa.Array, wanted: pa.Field, portion: Portion, separator: str)
         f"convert the column to {target}" + (" (a float id has probably lost digits)" if pa.types.is_floating(kind) and pa.types.is_string(target) else ""),
     )
     raise DataError(f"{portion.label}: column {wanted.name!r} of {portion.table}: expected {target}, got {kind}; {hint}")
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    found = column.combine_chunks()
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
 
 def _is_texts(kind: pa.DataType) -> bool:

@@ -294,7 +294,7 @@ def train_encoder(config: EncoderConfig, *, dataset: Artifact, uri: str, train: 
         return done
     folder = fit(train_loop, {"config": to_dict(config), "dataset": dataset.uri}, name="encoder", stage=stage, train=train)
     catalog = load_catalog(dataset)
-    with stage.write() as draft:
+    with stage.write(num_workers=train.num_workers) as draft:
         shutil.copytree(folder, draft.path, dirs_exist_ok=True)
         embed_catalog(load_encoder(draft.path), catalog, draft.path)
         draft.row_counts["items"] = len(catalog)

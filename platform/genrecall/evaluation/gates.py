@@ -1,17 +1,20 @@
 """Whether a new version may replace the champion: no guarded metric falls too far, and a few floors hold whatever the champion did.
 
 Rules, each a sentence in the report. Against the champion: a guarded metric may fall by at most `max_relative_fall`, and not at all where the
-intervals say that it is worse (its upper bound lies below the champion's lower bound). Always: required records keep their lower bound
-above the given value, no invalid SID is served, and the channel beats popularity.
+intervals say that it is worse (its upper bound lies below the champion's lower bound); one that neither version has is noted. Always: required
+records are measured and keep their lower bound at or above the given value, no invalid SID is served, and the channel beats popularity.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from genrecall.evaluation.records import Record, find
+
+_SHOWN_NAMES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +22,11 @@ class GateConfig:
     """What a version must pass.
 
     Attributes:
-        guarded: records compared with the champion's, as `table/row/metric`; those that neither version has are skipped.
+        guarded: records compared with the champion's, as `table/row/metric`; one that neither version has is a note, for it may be misspelt.
         max_relative_fall: largest fall of a guarded metric, relative to the champion's value.
         required_lower_bounds: (`table/row/metric`, least lower bound) pairs, for example
             `channels/rrf_all/recall@100_gain_vs_rrf_bm25_dense` and 0.0: no version ships that is not proven to add recall.
+            A record that was not measured fails too.
         max_invalid_rate: of SIDs that do not exist or repeat.
         beat_popularity: the channel's recall@100 must be above popularity's.
     """
@@ -60,6 +64,9 @@ class GateReport:
 def check_gates(candidate: Mapping[str, Any], champion: Mapping[str, Any] | None, config: GateConfig) -> GateReport:
     """Judge a candidate's metrics (the content of its `metrics.json`) against the champion's, or alone where there is none."""
     failures, passes = _floors(candidate, config)
+    for name in config.guarded:
+        if _lookup(candidate, name) is None and (champion is None or _lookup(champion, name) is None):
+            passes.append(f"note: {name} guards nothing, it was not measured; {_measured_beside(candidate, name)}")
     if champion is None:
         passes.append("there is no champion yet, so there is nothing to fall behind")
     elif candidate["dataset"] != champion["dataset"]:
@@ -98,12 +105,33 @@ def _floors(candidate: Mapping[str, Any], config: GateConfig) -> tuple[list[str]
             passes.append(f"recall@100 of the channel is {ours:.3f}, popularity's {popular:.3f}")
     for name, least in config.required_lower_bounds:
         record = _lookup(candidate, name)
-        if record is None or record["low"] is None:
-            passes.append(f"note: {name} was not measured, so its lower bound was not checked")
+        if record is None:
+            failures.append(f"{name} must have a lower bound of at least {least:+.1%} and was not measured; {_measured_beside(candidate, name)}")
+            continue
+        if record["low"] is None:
+            failures.append(
+                f"{name} must have a lower bound of at least {least:+.1%} and has no interval on this data set; remove it from required_lower_bounds"
+            )
             continue
         sentence = f"{name} is {record['value']:+.1%} with a lower bound of {record['low']:+.1%}; at least {least:+.1%} is required"
         (passes if record["low"] >= least else failures).append(sentence)
     return failures, passes
+
+
+def _measured_beside(metrics: Mapping[str, Any], name: str) -> str:
+    """What there is where `name` was looked for: the metrics of its row (the ten that read most like it), else the rows of its table, else all tables."""
+    table, row, metric = name.split("/")
+    records = [record for record in metrics["records"] if not record.get("slice")]
+    for what, wanted, found in (
+        (f"{table}/{row} has", metric, [record["metric"] for record in records if (record["table"], record["row"]) == (table, row)]),
+        (f"{table} has the rows", row, [record["row"] for record in records if record["table"] == table]),
+        ("there are the tables", table, [record["table"] for record in records]),
+    ):
+        if found:
+            names = list(dict.fromkeys(found))
+            nearest = get_close_matches(wanted, names, n=_SHOWN_NAMES, cutoff=0.0)
+            return f"{what} {', '.join(one for one in names if one in nearest)}" + (" and others" if len(names) > _SHOWN_NAMES else "")
+    return "nothing was measured"
 
 
 def _value(metrics: Mapping[str, Any], row: str) -> float | None:

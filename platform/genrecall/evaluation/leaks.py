@@ -1,7 +1,7 @@
 """Refuses a dataset whose test side shows through in its training side, before any number is computed from it.
 
 Checks by kind of split: by time, training lies before validation and validation before test; leave-last-out, a shopper's test request lies
-after all of that shopper's training requests; by query, no query is on two sides. For every kind: a request is in one split only, and a
+after all of that shopper's training requests, in the order of (timestamp, sequence) by which it was split; by query, no query is on two sides. For every kind: a request is in one split only, and a
 request's history holds nothing that the shopper first clicked later or in that very request.
 """
 
@@ -29,7 +29,7 @@ def check_no_leaks(dataset: Artifact) -> None:
     Raises:
         LeakError: naming the first leaking request, what leaks and what to do.
     """
-    frames = {split: _read(dataset, split) for split in SPLITS}
+    frames = _read(dataset)
     stats = dataset.json("stats.json")
     _check_request_ids(dataset, frames)
     if stats["split"] == "time":
@@ -42,11 +42,18 @@ def check_no_leaks(dataset: Artifact) -> None:
         _check_history(dataset, frames)
 
 
-def _read(dataset: Artifact, split: str) -> pd.DataFrame:
+def _read(dataset: Artifact) -> dict[str, pd.DataFrame]:
+    """The requests by split; `when` is the time, or the sequence number where there is none, `order` the rank of (timestamp, sequence)."""
     names = ["request_id", "user_id", "timestamp", "sequence", "query", "clicked", "history"]
-    table = pq.read_table(dataset.file(f"requests/{split}"), schema=REQUESTS).select(names)
-    when = pc.coalesce(table["timestamp"].cast(pa.int64()), table["sequence"])
-    return table.append_column("when", when).drop_columns(["timestamp", "sequence"]).to_pandas()
+    frames = []
+    for split in SPLITS:
+        table = pq.read_table(dataset.file(f"requests/{split}"), schema=REQUESTS).select(names)
+        time = table["timestamp"].cast(pa.int64())
+        table = table.append_column("when", pc.coalesce(time, table["sequence"])).append_column("time", pc.fill_null(time, 0))
+        frames.append(table.set_column(3, "sequence", pc.fill_null(table["sequence"], 0)).drop_columns(["timestamp"]).to_pandas())
+    together = pd.concat(frames, keys=SPLITS)
+    together["order"] = together.groupby(["time", "sequence"]).ngroup()
+    return {split: together[together.index.get_level_values(0) == split].reset_index(drop=True) for split in SPLITS}
 
 
 def _fail(dataset: Artifact, request_id: str, what: str) -> None:
@@ -56,9 +63,14 @@ def _fail(dataset: Artifact, request_id: str, what: str) -> None:
 def _check_request_ids(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
     for number, later in enumerate(SPLITS):
         for earlier in SPLITS[:number]:
-            shared = frames[later]["request_id"].isin(frames[earlier]["request_id"])
+            shared = _keys(frames[later]).isin(_keys(frames[earlier]))
             if shared.any():
                 _fail(dataset, frames[later]["request_id"][shared].iloc[0], f"is in both {earlier} and {later}")
+
+
+def _keys(frame: pd.DataFrame) -> pd.MultiIndex:
+    """What tells requests apart: shopper and id, since request assembly takes ids per shopper."""
+    return pd.MultiIndex.from_arrays([frame["user_id"].fillna(""), frame["request_id"]])
 
 
 def _check_time(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
@@ -72,8 +84,8 @@ def _check_time(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
 
 def _check_last_of_shopper(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
     for earlier, later in (("train", "test"), ("validation", "test"), ("train", "validation")):
-        start = frames[later].dropna(subset=["user_id"]).groupby("user_id")["when"].min()
-        late = frames[earlier]["when"] >= frames[earlier]["user_id"].map(start)
+        start = frames[later].dropna(subset=["user_id"]).groupby("user_id")["order"].min()
+        late = frames[earlier]["order"] >= frames[earlier]["user_id"].map(start)
         if late.any():
             row = frames[earlier][late].iloc[0]
             _fail(dataset, row["request_id"], f"is in {earlier} but not before the {later} request of its shopper")
@@ -91,13 +103,13 @@ def _check_queries(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
 def _check_history(dataset: Artifact, frames: dict[str, pd.DataFrame]) -> None:
     everything = pd.concat(frames.values(), ignore_index=True)
     everything = everything[everything["user_id"].notna()]
-    clicks = everything[["request_id", "user_id", "when", "clicked"]].explode("clicked").dropna(subset=["clicked"])
-    first = clicks.sort_values("when", kind="stable").drop_duplicates(["user_id", "clicked"])
-    first = first.rename(columns={"clicked": "item", "when": "first_click", "request_id": "first_request"})
+    clicks = everything[["request_id", "user_id", "order", "clicked"]].explode("clicked").dropna(subset=["clicked"])
+    first = clicks.sort_values("order", kind="stable").drop_duplicates(["user_id", "clicked"])
+    first = first.rename(columns={"clicked": "item", "order": "first_click", "request_id": "first_request"})
     test = frames["test"]
-    held = test[["request_id", "user_id", "when", "history"]].explode("history").dropna(subset=["history"]).rename(columns={"history": "item"})
+    held = test[["request_id", "user_id", "order", "history"]].explode("history").dropna(subset=["history"]).rename(columns={"history": "item"})
     joined = held.merge(first, on=["user_id", "item"], how="inner")
-    bad = joined[(joined["first_click"] > joined["when"]) | (joined["first_request"] == joined["request_id"])]
+    bad = joined[(joined["first_click"] > joined["order"]) | (joined["first_request"] == joined["request_id"])]
     if len(bad):
         row = bad.iloc[0]
         _fail(

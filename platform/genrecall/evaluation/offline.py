@@ -40,7 +40,7 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 6
+ALGORITHM_VERSION = 7
 HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
@@ -63,7 +63,7 @@ class EvaluationConfig:
         max_requests: test requests measured; None for all. max_validation_requests: for tuning the fusion weights.
         depth: items that each channel hands over, to hybrids too.
         dense_index: "hnsw" for catalogues beyond a few hundred thousand items.
-        ab_requests: requests of the simulated A/B test (marketplace only); 0 leaves it out.
+        ab_requests: requests of the simulated A/B test (marketplace only), drawn from the measured ones; 0 leaves it out.
         ab_ranker: what orders the pages of both arms: the marketplace's own ranker, or the `ranker` artifact.
     """
 
@@ -201,7 +201,7 @@ def evaluate(
     records = maker.means(results, data.sample.primary) + _gains(maker, config, results, data.sample.primary)
     for one in slices:
         records += _slice_records(maker, config, results, one)
-    cold = Slice("cold_items", "only targets without a training event", data.sample.primary)
+    cold = Slice("cold_items", "only targets without a training click or purchase", data.sample.primary)
     if bool(cold_items(popularity(data.train, len(data.catalog)))[tiers.clicked.item].any()):
         records += _slice_records(maker, config, measure(tiers.only_items(cold_items(popularity(data.train, len(data.catalog))))), cold)
         slices.append(cold)
@@ -383,7 +383,7 @@ def _ab_records(
     if prepared.get("source") != "marketplace" or not config.ab_requests:
         return []
     marketplace = Marketplace(prepared["marketplace_size"], prepared["seed"])
-    chosen = np.flatnonzero(data.sample.uniform)[: config.ab_requests]
+    chosen = ab_sample(data.sample.uniform, config.ab_requests, seed=config.seed)
     # The marketplace numbers all of its items; the catalogue may lack some that preparation rejected.
     theirs = np.asarray(marketplace.catalog.rows_of(data.catalog.item_ids.tolist()))
     rows = np.where(served[chosen] >= 0, theirs[np.maximum(served[chosen], 0)], -1)
@@ -398,6 +398,12 @@ def _ab_records(
     records += [maker.record("ab", "with_channel", name, one) for name, one in result.treatment.items()]
     records += [maker.record("ab", "with_channel", f"{name}_gain_vs_control", one) for name, one in result.gains.items()]
     return records + [maker.constant("ab", "with_channel", name, share, len(chosen)) for name, share in result.shares.items()]
+
+
+def ab_sample(uniform: np.ndarray, count: int, *, seed: int) -> np.ndarray:
+    """int64, ascending: a seeded draw of at most `count` of the requests marked in `uniform` (bool [R]), which are ordered by time."""
+    rows = np.flatnonzero(uniform)
+    return np.sort(np.random.default_rng([seed, 2]).permutation(rows)[:count])
 
 
 def _counts(stats: Mapping[str, Any], data: Loaded, tiers: Tiers) -> dict[str, int]:

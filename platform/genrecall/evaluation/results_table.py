@@ -19,6 +19,7 @@ CHANNEL_NAMES = {
 _VARIANT_NAMES = {
     "cqsid": "CQ-SID",
     "rqvae": "RQ-VAE",
+    "rqvae_resized": "RQ-VAE, books resized",
     "rqkmeans": "RQ-KMeans",
     "cqsid_without_category": "CQ-SID without category",
     "cqsid_without_query": "CQ-SID without query",

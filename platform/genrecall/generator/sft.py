@@ -402,7 +402,7 @@ def train_generator(
         "stages_uri": f"{stage.work_uri}/stages",
     }
     exported = fit(_loop, loop_config, name="train_generator", stage=stage, train=train)
-    with stage.write() as draft:
+    with stage.write(num_workers=train.num_workers) as draft:
         shutil.copytree(exported, draft.path, dirs_exist_ok=True)
         training = json.loads((draft.path / "training.json").read_text())
         if not (draft.path / "stage3").exists():

@@ -265,7 +265,7 @@ def train_quantizer(config: QuantizerConfig, *, dataset: Artifact, encoder: Arti
     else:
         loop_config = {"config": to_dict(config), "dataset": dataset.uri, "encoder": encoder.uri}
         quantizer = load_quantizer(fit(train_loop, loop_config, name="quantizer", stage=stage, train=train))
-    with stage.write() as draft:
+    with stage.write(num_workers=train.num_workers if config.method == "rqvae" else None) as draft:
         quantizer.save(draft.path)
         write_placements(draft.path, quantizer, embeddings, catalog.category_paths)
         draft.row_counts["items"] = len(catalog)

@@ -128,7 +128,7 @@ def align_generator(
     finally:
         for actor in actors:
             actor.kill()
-    with stage.write() as draft:
+    with stage.write(num_workers=train.num_workers) as draft:
         shutil.copytree(exported, draft.path, dirs_exist_ok=True)
         draft.row_counts["steps"] = int(json.loads((draft.path / "training.json").read_text())["steps_run"])
     return stage.open()

@@ -117,6 +117,31 @@ def test_a_catalogue_is_used_where_there_is_one(tmp_path: Path) -> None:
         list(ubi.read(folder).items)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("price", "12.99", 'expected a number, got "12.99"'),
+        ("prior_score", True, "expected a number, got true"),
+        pytest.param("price", 10**400, "expected a number below 1.8e308, got 1000", id="price-huge"),
+        ("brand", ["x"], r'expected text, got \["x"\]'),
+        ("text", {"colour": "red"}, r'expected text, got \{"colour": "red"\}'),
+        ("title", None, "expected text, got null"),
+        ("item_id", 1.5, "expected text or a whole number, got 1.5"),
+        ("category_path", ["Home", None], r'expected a list of names, root first, got \["Home", null\]'),
+        ("first_seen", "soon", "expected ISO 8601 or milliseconds since 1970, got 'soon'"),
+    ],
+)
+def test_product_fields_of_another_type_are_named_by_line(tmp_path: Path, field: str, value: Any, message: str) -> None:
+    folder = _bulk(tmp_path, [QUERY], EVENTS)
+    good = {"item_id": 7, "title": "Lamp", "category_path": ["Home", 12], "brand": None, "price": 9, "prior_score": 0.5}
+    (folder / "products.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, field: value}) + "\n")
+    with pytest.raises(SourceError, match=rf"products.jsonl: line 2, field '{field}': {message}"):
+        list(ubi.read(folder).items)
+    (folder / "products.jsonl").write_text(json.dumps(good) + "\n")
+    (item,) = pa.concat_tables(ubi.read(folder).items).to_pylist()
+    assert (item["item_id"], item["category_path"], item["price"], item["brand"]) == ("7", ["Home", "12"], 9.0, None)
+
+
 def test_documents_of_other_indices_are_passed_over(tmp_path: Path) -> None:
     folder = _bulk(tmp_path, [QUERY], EVENTS)
     with (folder / "log.ndjson").open("a") as file:

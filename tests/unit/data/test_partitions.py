@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def test_items_come_out_once_with_the_first_of_contradicting_rows(tmp_path: Path
     assert [(row["file"], row["row"], row["reason"], row["value"]) for row in rejected] == [(second, 0, "conflicting_duplicate", "i5")]
     kept = [row for file in sorted((tmp_path / "work/items").iterdir()) for row in read_parquet(str(file)).to_pylist()]
     assert {row["item_id"]: row["title"] for row in kept} == {row["item_id"]: row["title"] for row in items}
+
+
+def test_rows_of_erased_shoppers_go_as_they_are_read_whatever_the_type_of_the_ids(tmp_path: Path) -> None:
+    shared = {"request_id": "r", "timestamp": START, "query": "q", "item_id": "i", "action": "click"}
+    for number, ids in enumerate(([7, 8, None], [b"7", b" 7 ", b"78"], ["7", "8", "7"])):
+        (portion,) = find_portions("events", save(tmp_path, f"e{number}.parquet", [{**shared, "user_id": one} for one in ids]))
+        work = dataclasses.replace(work_in(tmp_path / str(number), [portion.label], partitions=1), erased_users=frozenset({"7", "9"}))
+        report = read_and_partition(portion, work)
+        assert report.noted["erased"] == [1, 2, 2][number]
+        outcome = assemble_partition(0, report.shards["events"], [], pa.array(["i"]), "time", work)
+        assert not outcome.rejected
+        kept = read_parquet(f"{work.folder}/events/00000.parquet")["user_id"].to_pylist()
+        assert kept == [["8", None], ["78"], ["8"]][number]
 
 
 def test_all_events_of_a_shopper_meet_in_one_partition_whatever_the_shards(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecall.data.splits import TEST, TRAIN, VALIDATION, by_query, by_time, leave_last_out, normal_query, text_hash, time_cuts
@@ -26,6 +26,7 @@ def test_weights_stand_for_that_many_requests() -> None:
     assert time_cuts(np.array([1, 2, 3]), np.array([1.0, 1.0, 8.0]), validation_fraction=0.0, test_fraction=0.8)[1] == 3
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.floats(0, 0.4), st.floats(0.01, 0.4))
 def test_training_is_strictly_earlier_than_validation_and_test(moments: list[int], validation: float, test: float) -> None:
     times = np.array(moments)
@@ -40,6 +41,15 @@ def test_last_request_of_each_shopper_is_test_and_the_one_before_validation() ->
     order = np.array([3, 1, 2, 1, 2, 1, 2, 3, 1, 2, 3, 4])
     assert leave_last_out(users, order).tolist() == [TEST, TRAIN, VALIDATION, TRAIN, TRAIN, TRAIN, TRAIN, TRAIN, TRAIN, TRAIN, VALIDATION, TEST]
     assert leave_last_out(np.zeros(0, dtype=int), np.zeros(0, dtype=int)).tolist() == []
+
+
+def test_requests_of_a_shopper_at_one_place_in_time_stay_on_one_side() -> None:
+    users = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    order = np.array([1, 2, 3, 3, 5, 5, 6, 7, 6])
+    # Shopper 0 ends with two requests at once, shopper 1 with one after two at once; both have three places.
+    assert leave_last_out(users, order).tolist() == [TRAIN, VALIDATION, TEST, TEST, TRAIN, TRAIN, VALIDATION, TEST, VALIDATION]
+    # Three requests at two places: nothing is surely before the last but one.
+    assert leave_last_out(np.zeros(3, dtype=int), np.array([1, 2, 2])).tolist() == [TRAIN] * 3
 
 
 def test_spellings_of_one_query_fall_into_one_split() -> None:

@@ -87,9 +87,28 @@ def test_required_lower_bound() -> None:
     level = metrics(**GOOD, channels__rrf_all__recall_at_100_gain_vs_rrf_bm25_dense=(0.01, -0.02, 0.04))
     assert check_gates(ahead, None, config).passed
     assert "lower bound of -2.0%" in check_gates(level, None, config).reasons[0]
-    unmeasured = check_gates(metrics(**GOOD), None, config)
-    assert unmeasured.passed
-    assert any("was not measured" in reason for reason in unmeasured.reasons)
+
+
+def test_a_required_record_that_was_not_measured_fails_and_what_there_is_is_named() -> None:
+    def reason(name: str, **more: tuple[float, float | None, float | None]) -> str:
+        report = check_gates(metrics(**GOOD, **more), None, GateConfig(required_lower_bounds=((name, 0.0),)))
+        assert not report.passed
+        return report.reasons[0]
+
+    assert "was not measured; channels/generative has recall@100" in reason("channels/generative/recal@100")
+    assert "was not measured; channels has the rows generative, popularity" in reason("channels/rrf_all/recall@100")
+    assert "was not measured; there are the tables channels, personalised" in reason("chanels/rrf_all/recall@100")
+    assert "has no interval" in reason("channels/generative/hit@10", channels__generative__hit_at_10=(0.5, None, None))
+
+
+def test_a_guarded_name_that_neither_version_has_is_noted() -> None:
+    config = GateConfig(guarded=("channels/generative/recal@100", "channels/generative/recall@100"))
+    for champion in (None, metrics(**GOOD)):
+        report = check_gates(metrics(**GOOD), champion, config)
+        assert report.passed
+        assert [reason for reason in report.reasons if reason.startswith("note:")] == [
+            "note: channels/generative/recal@100 guards nothing, it was not measured; channels/generative has recall@100"
+        ]
 
 
 def test_versions_of_different_datasets_are_not_compared() -> None:

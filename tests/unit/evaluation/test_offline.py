@@ -15,10 +15,11 @@ from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.evaluation.gates import GateConfig, check_gates
 from genrecall.evaluation.leaks import LeakError
-from genrecall.evaluation.offline import EvaluationConfig, evaluate
+from genrecall.evaluation.offline import EvaluationConfig, ab_sample, evaluate
 from genrecall.evaluation.records import find, headline_metrics
-from genrecall.evaluation.results_table import results_table
+from genrecall.evaluation.results_table import results_table, row_name
 from genrecall.generator.retriever import load_retriever
+from genrecall.recipes import MAIN_VARIANT, VARIANTS
 from genrecall.storage import Artifact
 
 CONFIG = EvaluationConfig(beams=(1, 5, 10), cut_beams=(2, 10), item_budgets=(3, 10, 20), cuts=(10, 20), depth=20, bootstrap_samples=100, cut_items=5)
@@ -116,6 +117,23 @@ def test_table_and_report_show_the_results(evaluation: Artifact, metrics: dict[s
     assert "http" not in page.replace("https://www.w3.org", "")
     assert "&lt;b&gt;sinks&lt;/b&gt;" in page  # what artifacts say is escaped
     assert page.count("data:image/png;base64,") >= 4
+
+
+def test_every_variant_of_the_recipes_has_a_name() -> None:
+    assert [row for row in (*VARIANTS, f"{MAIN_VARIANT}_aligned") if row_name(row) == row] == []
+
+
+def test_the_simulated_ab_draws_its_requests_from_the_whole_sample() -> None:
+    uniform = np.arange(1_000) % 2 == 0  # 500 requests, ordered by time
+    chosen = ab_sample(uniform, 100, seed=3)
+    assert len(chosen) == len(set(chosen.tolist())) == 100
+    assert uniform[chosen].all()
+    assert (np.diff(chosen) > 0).all()
+    # Half lie in the later half of the time: of 100 draws without replacement 50, give or take 4 standard deviations of 4.5.
+    assert 32 <= (chosen >= 500).sum() <= 68
+    assert ab_sample(uniform, 100, seed=3).tolist() == chosen.tolist()
+    assert ab_sample(uniform, 100, seed=4).tolist() != chosen.tolist()
+    assert ab_sample(uniform, 500, seed=3).tolist() == ab_sample(uniform, 9_999, seed=3).tolist() == np.flatnonzero(uniform).tolist()
 
 
 def test_headline_names_suit_an_experiment_tracker(metrics: dict[str, Any]) -> None:

@@ -75,5 +75,5 @@ def test_empty_test_split_is_an_error(loaded: Callable[..., Any], log: Log) -> N
         sample_requests(test, train, catalog, query_kind="real", max_requests=10, seed=0)
 
 
-def test_cold_items_have_no_training_event() -> None:
+def test_cold_items_have_no_training_click_or_purchase() -> None:
     assert cold_items(np.array([0.0, 2.0])).tolist() == [True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -30,6 +31,12 @@ class Outer:
     maybe: Inner | None = Inner()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    bound: float | None = None
+    pairs: tuple[tuple[str, float], ...] = ()
+
+
 def test_overrides_are_parsed_by_the_fields_type() -> None:
     config = apply_overrides(Outer(), ["name=12", "note=none", "sizes=[3,4]", "on=true", "inner.steps=4", "inner.rate=1", "inner.kind=b"])
     assert config == Outer(name="12", note=None, sizes=(3, 4), on=True, inner=Inner(steps=4, rate=1.0, kind="b"))
@@ -51,6 +58,25 @@ def test_all_problems_are_reported_at_once() -> None:
         "'lonely': expected key=value",
     ):
         assert expected in text
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_must_be_finite(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"inner\.rate: expected a finite number, got (nan|inf|-inf)"):
+        apply_overrides(Outer(), [f"inner.rate={text}"])
+    with pytest.raises(ConfigError, match="bound: expected a finite number"):
+        apply_overrides(Bounds(), [f"bound={text}"])
+    with pytest.raises(ConfigError, match="pairs: expected a finite number"):
+        apply_overrides(Bounds(), [f'pairs=[["a", {text}]]'])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        config_hash(Bounds(bound=float(text)))
+
+
+def test_numbers_too_large_for_a_float_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"inner\.rate: expected float, got 1000"):
+        apply_overrides(Outer(), ["inner.rate=1" + "0" * 400])
+    with pytest.raises(ConfigError, match=r"inner\.steps: expected int"):
+        apply_overrides(Outer(), ["inner.steps=" + "1" * 5000])
 
 
 def test_impossible_combinations_are_named_with_their_path() -> None:
@@ -86,6 +112,19 @@ def test_relative_places_are_errors_inside_a_ray_job(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match="GENRECALL_HOME: inside a Ray job an absolute path or URI is needed"):
         places()
+
+
+def test_raw_data_have_no_default_inside_a_ray_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("GENRECALL_HOME", str(tmp_path))
+    monkeypatch.delenv("GENRECALL_DATA", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert places().data == ""
+    monkeypatch.setenv("GENRECALL_DATA", "data")
+    with pytest.raises(ConfigError, match="GENRECALL_DATA: inside a Ray job an absolute path or URI is needed"):
+        places()
+    monkeypatch.setenv("GENRECALL_DATA", str(tmp_path))
+    assert places().data == str(tmp_path)
 
 
 def test_relative_places_are_made_absolute_outside_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

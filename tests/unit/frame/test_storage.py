@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +52,16 @@ def test_an_artifact_opens_with_its_files_and_counts(root: str) -> None:
     assert artifact.manifest["libraries"]["torch"]
 
 
+def test_the_manifest_notes_the_workers_of_a_training_and_nothing_hangs_on_it(tmp_path: Path) -> None:
+    one = stage(str(tmp_path / "toy"))
+    made = make(one)
+    with one.write(num_workers=4) as draft:
+        shutil.copytree(made.path / "sub", draft.path / "sub")
+        shutil.copy(made.path / "a.txt", draft.path)
+    assert one.open().manifest["num_workers"] == 4
+    assert one.open().hash == made.hash
+
+
 def test_a_matching_artifact_is_found_and_another_config_version_or_parent_is_not(root: str) -> None:
     parent = make(stage(f"{root}/parent"))
     other_parent = make(stage(f"{root}/parent2"), text="other")
@@ -83,6 +96,47 @@ def test_an_interrupted_write_leaves_what_was_there_and_nothing_else(root: str) 
     assert one.open().file("a.txt").read_text() == "hello"
     if "://" not in root:
         assert sorted(os.listdir(root)) == ["toy"]
+
+
+def test_drafts_of_killed_writers_go_after_a_day_and_others_stay(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where drafts of remote artifacts lie
+    names = {
+        "old": f".toy.{'a' * 32}.tmp",
+        "fresh": f".toy.{'b' * 32}.tmp",
+        "another's": f".toy.big.{'c' * 32}.tmp",
+        "busy": f".toy.{'d' * 32}.tmp",  # old, but a file in it was written now
+    }
+    for name in names.values():
+        (tmp_path / name).mkdir()
+    (tmp_path / names["busy"] / "part").touch()
+    for which in ("old", "another's", "busy"):
+        os.utime(tmp_path / names[which], (0, time.time() - 25 * 3600))
+    make(stage(f"{root}/toy"))
+    assert {which for which, name in names.items() if (tmp_path / name).exists()} == {"fresh", "another's", "busy"}
+
+
+@pytest.mark.parametrize("how", ["current", "write"])
+def test_an_artifact_moved_aside_by_a_killed_writer_comes_back(tmp_path: Path, how: str) -> None:
+    one = stage(str(tmp_path / "toy"))
+    artifact = make(one)
+    artifact.path.rename(tmp_path / f".toy.{'a' * 32}.old")  # killed between the two renames
+    if how == "current":
+        assert one.current() is not None
+    else:
+        with pytest.raises(KeyboardInterrupt), one.write():
+            raise KeyboardInterrupt
+    assert one.open().file("a.txt").read_text() == "hello"
+    assert os.listdir(tmp_path) == ["toy"]
+
+
+def test_an_artifact_moved_aside_goes_where_another_took_its_place(tmp_path: Path) -> None:
+    one = stage(str(tmp_path / "toy"))
+    make(one, "before").path.rename(tmp_path / f".toy.{'a' * 32}.old")
+    make(dataclasses.replace(one, uri=str(tmp_path / "other")), "after").path.rename(tmp_path / "toy")  # killed before the old one was deleted
+    current = one.current()
+    assert current is not None
+    assert current.file("a.txt").read_text() == "after"
+    assert os.listdir(tmp_path) == ["toy"]
 
 
 def test_a_changed_file_is_refused_and_the_job_named(tmp_path: Path) -> None:

@@ -42,6 +42,15 @@ ACTIONS: Mapping[str, str] = {
 SEARCH_ACTIONS = frozenset({"search", "on_search"})
 _SUFFIXES = (".ndjson", ".jsonl", ".ndjson.gz", ".jsonl.gz")
 _BULK_VERBS = frozenset({"index", "create", "delete"})
+_PRODUCT_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "item_id": ((str, int), "text or a whole number"),
+    "title": ((str,), "text"),
+    "category_path": ((list,), "a list of names, root first"),
+    "brand": ((str,), "text"),
+    "text": ((str,), "text"),
+    "price": ((int, float), "a number"),
+    "prior_score": ((int, float), "a number"),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +70,8 @@ def read(root: Path, *, seed: int = 0, actions: Mapping[str, str] = ACTIONS) -> 
         actions: canonical action by UBI `action_name`; names not in it are left out.
 
     Raises:
-        SourceError: no UBI file in the folder, a broken line, a document without its required fields, a mapping to an unknown action.
+        SourceError: no UBI file in the folder, a broken line, a document without its required fields, a product's field of another type, a mapping to an
+            unknown action.
     """
     wrong = {name: action for name, action in actions.items() if action not in CANONICAL_ACTIONS}
     if wrong:
@@ -197,17 +207,38 @@ def _items(path: Path) -> Iterator[dict[str, Any]]:
         unknown = set(record) - set(ITEMS.names)
         if unknown:
             raise SourceError(f"{path}: line {line}: unknown field {', '.join(map(repr, sorted(unknown)))}; a product has {', '.join(ITEMS.names)}")
+        for name, (kinds, expected) in _PRODUCT_FIELDS.items():
+            required = name in ("item_id", "title")
+            value = field_of(record, name, path, line) if required else record.get(name)
+            if (required or value is not None) and not _is_a(value, kinds):
+                raise _wrong_field(path, line, name, expected, value)
         category_path = record.get("category_path") or []
-        if not isinstance(category_path, list):
-            raise SourceError(f"{path}: line {line}, field 'category_path': expected a list of names, root first, got {json.dumps(category_path)}")
+        if not all(_is_a(level, (str, int)) for level in category_path):
+            raise _wrong_field(path, line, "category_path", _PRODUCT_FIELDS["category_path"][1], category_path)
         first_seen = record.get("first_seen")
         yield {
             **record,
-            "item_id": str(field_of(record, "item_id", path, line)),
-            "title": str(field_of(record, "title", path, line)),
+            "item_id": str(record["item_id"]),
             "category_path": [str(level) for level in category_path],
-            "first_seen": None if first_seen is None else _parse_time(first_seen, path, line),
+            "price": _float(record, "price", path, line),
+            "prior_score": _float(record, "prior_score", path, line),
+            "first_seen": None if first_seen is None else _parse_time(first_seen, path, line, field="first_seen"),
         }
+
+
+def _is_a(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)  # JSON's true is no number
+
+
+def _float(record: Mapping[str, Any], name: str, path: Path, line: int) -> float | None:
+    try:
+        return None if record.get(name) is None else float(record[name])
+    except OverflowError as error:
+        raise _wrong_field(path, line, name, "a number below 1.8e308", record[name]) from error
+
+
+def _wrong_field(path: Path, line: int, name: str, expected: str, value: Any) -> SourceError:
+    return SourceError(f"{path}: line {line}, field {name!r}: expected {expected}, got {json.dumps(value)[:100]}; correct or remove the field")
 
 
 def _users(files: list[Path], queries: Mapping[str, _Query], actions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -247,7 +278,7 @@ def _time(record: Mapping[str, Any], path: Path, line: int) -> datetime.datetime
     return None if value is None else _parse_time(value, path, line)
 
 
-def _parse_time(value: Any, path: Path, line: int) -> datetime.datetime:
+def _parse_time(value: Any, path: Path, line: int, *, field: str = "timestamp") -> datetime.datetime:
     """ISO 8601 (UTC where it names no zone) or milliseconds since 1970, as OpenSearch takes both."""
     try:
         if isinstance(value, int):
@@ -255,6 +286,6 @@ def _parse_time(value: Any, path: Path, line: int) -> datetime.datetime:
         moment = datetime.datetime.fromisoformat(value)
     except (TypeError, ValueError, OverflowError, OSError) as error:
         raise SourceError(
-            f"{path}: line {line}, field 'timestamp': expected ISO 8601 or milliseconds since 1970, got {value!r}; correct or remove the row"
+            f"{path}: line {line}, field {field!r}: expected ISO 8601 or milliseconds since 1970, got {value!r}; correct or remove the row"
         ) from error
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -1,0 +1,36 @@
+"""Whose checkpoints a training goes on from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from genrecall.storage import Stage
+from genrecall.train_worker import TrainingError, TrainSettings, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    seed: int = 0
+
+
+@pytest.mark.parametrize(
+    ("written_by", "message"),
+    [
+        ({"num_workers": 8, "zero_stage": 1}, r"go on from it with train\.num_workers=8 train\.zero_stage=1, or begin again with --force"),
+        (
+            {"num_workers": 1, "zero_stage": 2},
+            r"was written with train\.num_workers=1 train\.zero_stage=2, this run has train\.num_workers=1 train\.zero_stage=1",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_workers_is_refused_before_anything_starts(tmp_path: Path, written_by: dict[str, int], message: str) -> None:
+    stage = Stage(kind="toy", uri=str(tmp_path / "toy"), config=Config(), algorithm_version=1, parents={}, seed=0, job="toy")
+    checkpoint = Path(stage.work_uri) / "checkpoint_2026-01-01_00-00-00.000000"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"step": 10, "written_by": written_by}))
+    with pytest.raises(TrainingError, match=message):
+        fit(lambda config: None, {}, name="toy", stage=stage, train=TrainSettings())
