@@ -351,7 +351,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
         (folder / "training.json").write_text(json.dumps({"support": config.support, "stages": record}, indent=2))
 
     final = record[-1].get("validation", {}) if record else {}
-    worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()})
+    worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()}, state={"stages": record})
 
 
 def _validate(model: Decoder, retriever: Retriever, validation: Validation, *, stage: str) -> dict[str, Any]:
