@@ -33,8 +33,9 @@ def _without_query(config: QuantizerConfig) -> QuantizerConfig:
 
 def _rq_kmeans(config: QuantizerConfig) -> QuantizerConfig:
     """The control, which reads few of the settings."""
-    read = {"seed": config.seed, "level_sizes": config.level_sizes, "kmeans_iterations": config.kmeans_iterations}
-    return QuantizerConfig(method="rqkmeans", use_category=False, use_query=False, **read)
+    return QuantizerConfig(
+        seed=config.seed, method="rqkmeans", use_category=False, use_query=False, level_sizes=config.level_sizes, kmeans_iterations=config.kmeans_iterations
+    )
 
 
 VARIANTS: Mapping[str, Callable[[QuantizerConfig], QuantizerConfig]] = {

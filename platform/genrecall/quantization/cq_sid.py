@@ -106,8 +106,10 @@ class QuantizerConfig:
         if self.use_query and self.gamma == 0:
             found.append("gamma: 0 switches the query term off; set use_query=false to say so")
         defaults = {field.name: field.default for field in fields(self)}
-        idle = {"use_category=false": () if self.use_category else ("min_items", "category_share")}
-        idle["use_query=false"] = () if self.use_query else ("gamma", "temperature")
+        idle: dict[str, tuple[str, ...]] = {
+            "use_category=false": () if self.use_category else ("min_items", "category_share"),
+            "use_query=false": () if self.use_query else ("gamma", "temperature"),
+        }
         if self.method == "rqkmeans":
             idle = {"method=rqkmeans": tuple(name for name in defaults if name not in _READ_BY_RQ_KMEANS)}
         found += [

@@ -70,7 +70,7 @@ def test_fresh_on_policy_loss_is_minus_the_mean_advantage(any_toy):
     log_probs = group_log_probs(toy.model, toy.prompts(range(6)), tokens, support=toy.support, trie=toy.trie if toy.support == "trie" else None)
     (-(group_advantages(rewards)[..., None] * log_probs).mean()).backward()
     for name, parameter in toy.model.named_parameters():
-        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
     assert max(parameter.grad.abs().max() for parameter in toy.model.parameters()) > 1e-3
     assert parts["kl"].item() == pytest.approx(0.0, abs=1e-6)
     assert parts["ratio"].item() == pytest.approx(1.0, abs=1e-5)
