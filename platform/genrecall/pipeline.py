@@ -24,6 +24,8 @@ from typing import Any
 
 import mlflow
 import ray
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from genrecall.config import ConfigError, Places, apply_overrides, places, to_dict
 from genrecall.data.catalog import load_catalog
@@ -36,13 +38,13 @@ from genrecall.generator.sft import train_generator
 from genrecall.quantization.cq_sid import train_quantizer
 from genrecall.ranking.ranker import train_ranker
 from genrecall.recipes import MAIN_VARIANT, RECIPES, Recipe
-from genrecall.registry.bundle import build_bundle
+from genrecall.registry.bundle import BundleError, build_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
-from genrecall.registry.promotion import aliases_of, promote, register
-from genrecall.registry.versions import Version
+from genrecall.registry.promotion import aliases_of, current_champion, promote, register
+from genrecall.registry.versions import RegistryError, Version, fetch_bundle
 from genrecall.rl.eg_grpo import align_generator
-from genrecall.sid.build import build_sid_index
-from genrecall.storage import Artifact, open_artifact, read_manifest
+from genrecall.sid.build import build_sid_index, churn_between
+from genrecall.storage import Artifact, ArtifactError, open_artifact, read_manifest
 from genrecall.tracking import stage_run, use_tracking
 from genrecall.train_worker import fits_at_once
 
@@ -255,9 +257,23 @@ def quiet_libraries() -> None:
 
 
 def register_bundle(pipeline: Pipeline) -> Version:
-    """Register the line's bundle under the recipe's name, with the evaluation's headline metrics."""
+    """Register the line's bundle under the recipe's name, with the evaluation's headline metrics and the churn of its SIDs."""
+    bundle, name = pipeline.existing("bundle"), pipeline.recipe.registered_name
     metrics = headline_metrics(pipeline.existing("evaluation").json("metrics.json"))
-    return register(pipeline.existing("bundle"), pipeline.recipe.registered_name, metrics=metrics)
+    return register(bundle, name, metrics=metrics | churn_since_champion(bundle, name))
+
+
+def churn_since_champion(bundle: Artifact, model_name: str) -> dict[str, float]:
+    """How far the bundle's SIDs are from the champion's, logged and as a metric (see `diagnostics.churn`); {} without a champion whose bundle can be read."""
+    try:
+        if (champion := current_champion(model_name)) is None:
+            return {}
+        churn = churn_between(fetch_bundle(champion, MlflowClient()) / "sid_index", bundle.path / "sid_index")
+    except (RegistryError, BundleError, ArtifactError, MlflowException, OSError) as error:  # no reason not to register
+        logger.warning("churn of the SIDs is not known: %s", error)
+        return {}
+    logger.info("%.1f %% of the pairs of items that share a SID in the champion, %s, do not in this bundle (churn)", 100 * churn, champion.text)
+    return {"sids/churn_since_champion": churn}
 
 
 def promote_if_it_passes(version: Version, recipe: Recipe) -> str:

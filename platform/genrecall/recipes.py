@@ -20,13 +20,31 @@ from genrecall.train_worker import TrainSettings
 MAIN_VARIANT = "cqsid"
 """The variant that is aligned, bundled and served; the others are baselines of the same size."""
 
+
+def _without_category(config: QuantizerConfig) -> QuantizerConfig:
+    """The ablation, with what then has no effect at its default."""
+    return replace(config, use_category=False, min_items=QuantizerConfig.min_items, category_share=QuantizerConfig.category_share)
+
+
+def _without_query(config: QuantizerConfig) -> QuantizerConfig:
+    """The ablation, with what then has no effect at its default."""
+    return replace(config, use_query=False, gamma=QuantizerConfig.gamma, temperature=QuantizerConfig.temperature)
+
+
+def _rq_kmeans(config: QuantizerConfig) -> QuantizerConfig:
+    """The control, which reads few of the settings."""
+    return QuantizerConfig(
+        seed=config.seed, method="rqkmeans", use_category=False, use_query=False, level_sizes=config.level_sizes, kmeans_iterations=config.kmeans_iterations
+    )
+
+
 VARIANTS: Mapping[str, Callable[[QuantizerConfig], QuantizerConfig]] = {
     "cqsid": lambda config: config,
-    "rqvae": lambda config: replace(config, use_category=False, use_query=False),
-    "rqvae_resized": lambda config: replace(config, use_category=False, use_query=False),
-    "cqsid_without_category": lambda config: replace(config, use_category=False),
-    "cqsid_without_query": lambda config: replace(config, use_query=False),
-    "rqkmeans": lambda config: replace(config, method="rqkmeans", use_category=False, use_query=False),
+    "rqvae": lambda config: _without_category(_without_query(config)),
+    "rqvae_resized": lambda config: _without_category(_without_query(config)),
+    "cqsid_without_category": _without_category,
+    "cqsid_without_query": _without_query,
+    "rqkmeans": _rq_kmeans,
 }
 
 RESIZED = "rqvae_resized"
@@ -67,6 +85,8 @@ class Recipe:
                 f"align.support: expected {self.generator.support!r}, the generator's (guided={str(self.generator.guided).lower()}), got {self.align.support!r}; "
                 "samples, update and search must share one support"
             )
+        if self.quantizer.kmeans_iterations != QuantizerConfig.kmeans_iterations and self.quantizer.method == "rqvae" and "rqkmeans" not in self.variants:
+            found.append(f"quantizer.kmeans_iterations: has no effect without the variant 'rqkmeans'; leave it at {QuantizerConfig.kmeans_iterations}")
         if RESIZED in self.variants and self.resized_levels is None:
             found.append(f"variants: {RESIZED!r} needs resized_levels, the books that give RQ-VAE clusters as large as CQ-SID's")
         return found

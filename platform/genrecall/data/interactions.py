@@ -90,17 +90,17 @@ def query_item_pairs(requests: Requests) -> tuple[np.ndarray, np.ndarray, np.nda
     Returns:
         request index int32 [P], item row int32 [P], weight float32 [P] (1 for a click, 2 for a purchase), in request order.
     """
-    owner, rows = _flatten(requests.clicked)
-    bought_owner, bought_rows = _flatten(requests.purchased)
+    owner, rows = flattened(requests.clicked)
+    bought_owner, bought_rows = flattened(requests.purchased)
     width = int(max(rows.max(initial=0), bought_rows.max(initial=0))) + 1
-    bought = np.isin(owner.astype(np.int64) * width + rows, bought_owner.astype(np.int64) * width + bought_rows)
-    return owner, rows, np.where(bought, PURCHASE_WEIGHT, CLICK_WEIGHT).astype(np.float32)
+    bought = np.isin(owner * width + rows, bought_owner * width + bought_rows)
+    return owner.astype(np.int32), rows, np.where(bought, PURCHASE_WEIGHT, CLICK_WEIGHT).astype(np.float32)
 
 
 def popularity(requests: Requests, num_items: int) -> np.ndarray:
     """Clicks plus purchases of each item: float64 [N]; call it with training requests only."""
-    _, clicked = _flatten(requests.clicked)
-    _, purchased = _flatten(requests.purchased)
+    _, clicked = flattened(requests.clicked)
+    _, purchased = flattened(requests.purchased)
     return (np.bincount(clicked, minlength=num_items) + np.bincount(purchased, minlength=num_items)).astype(np.float64)
 
 
@@ -125,7 +125,7 @@ def _item_rows(column: pa.ChunkedArray, catalog: Catalog, where: str) -> list[np
 def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     """The values of a list column end to end, and int64 [R + 1] offsets into them."""
     lengths = np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
-    values = pc.list_flatten(column)
+    values = pc.listflattened(column)
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return values.combine_chunks(), offsets
@@ -135,7 +135,8 @@ def _pieces(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
     return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
-def _flatten(ragged: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.fromiter((len(rows) for rows in ragged), dtype=np.int64, count=len(ragged))
-    rows = np.concatenate(ragged) if ragged else np.zeros(0, dtype=np.int32)
-    return np.repeat(np.arange(len(ragged), dtype=np.int32), lengths), rows.astype(np.int32, copy=False)
+def flattened(lists: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """A ragged column as two aligned arrays: the list that each value came from, int64 [P], and the values, int32 [P]."""
+    lengths = np.fromiter((len(one) for one in lists), dtype=np.int64, count=len(lists))
+    values = np.concatenate(lists) if len(lists) else np.zeros(0, dtype=np.int32)
+    return np.repeat(np.arange(len(lists), dtype=np.int64), lengths), values.astype(np.int32, copy=False)

@@ -124,12 +124,6 @@ class PromptBuilder:
         self.level1_centroids = level1_centroids
         self.related_codes = related_codes
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """The longest token part that a prompt can have."""
-        request = (3 + 1 + 3 * self.max_history) + 2 + self.max_query_tokens
-        return max(request, 2 + self.max_title_tokens)
-
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, `prompts.json` and, where there are centroids, `level1_centroids.npy`."""
         self.tokenizer.save(folder / "tokenizer.json")
@@ -159,12 +153,8 @@ class PromptBuilder:
         centroids = np.load(folder / CENTROID_FILE, allow_pickle=False) if (folder / CENTROID_FILE).is_file() else None
         return cls(QueryTokenizer.load(folder / "tokenizer.json"), level1_centroids=centroids, **json.loads(path.read_text()))
 
-    def item_prompts(self, titles: Sequence[str], soft: np.ndarray | None = None) -> Prompts:
-        """Prompts of n titles; `soft` float [n, d] is needed when the builder has soft prompts."""
-        return self.prompts(self.item_bank(titles), None, soft)
-
     def query_prompts(self, queries: Sequence[str], soft: np.ndarray | None = None) -> Prompts:
-        """Prompts of n queries without a shopper; an empty query gives the bare markers."""
+        """Prompts of n queries without a shopper, with `soft` float [n, d] where the builder has soft prompts; an empty query gives the bare markers."""
         return self.prompts(self.query_bank(queries), None, soft)
 
     def request_prompts(
@@ -377,6 +367,11 @@ class Batches:
         rows = self.rows(step)
         soft = None if vectors is None else vectors[self._examples.vector_rows[rows]]
         return builder.prompts(self._examples.bank, rows, soft), self.targets(rows, step)
+
+
+def longest_prompt(*, max_query_tokens: int, max_title_tokens: int, max_history: int) -> int:
+    """Tokens of the longest prompt under a builder's limits, soft tokens not counted: a request's with profile and history, or an item's."""
+    return max((3 + 1 + 3 * max_history) + 2 + max_query_tokens, 2 + max_title_tokens)
 
 
 def aggregate_targets(owners: np.ndarray, sids: np.ndarray, weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

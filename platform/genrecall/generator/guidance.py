@@ -29,7 +29,11 @@ from torch import Tensor, nn
 from genrecall.sid.trie import Trie
 
 _LEAST = 1e-30
-"""A sum of weights below this counts as this; reached by level-1 codes without a SID, which are masked wherever it would matter."""
+"""A sum of weights below this counts as this. Level-1 codes without a SID do, which are masked wherever it would matter, and items whose score lies more than
+`LARGEST_SPREAD` below the best item's: beside each other those would count alike."""
+
+LARGEST_SPREAD = 69.0
+"""What two items' scores may differ by, -log of `_LEAST`: 2 t + w at most, since cosines lie 2 apart at most. Settings beyond it are refused."""
 
 
 LEXICON_TOKENS = 128

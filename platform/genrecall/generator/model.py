@@ -262,7 +262,7 @@ class Decoder(nn.Module):
         Raises:
             PromptError: soft vectors for a decoder without soft prompt, or of another size.
         """
-        embedded: Tensor = self.tokens(prompts.token_ids, "embed_ids")
+        embedded = self.tokens.embed_ids(prompts.token_ids)
         if prompts.soft is None:
             return embedded, prompts.lengths
         if self.soft_prompt is None or prompts.soft.shape[1] != self.config.soft_prompt_dim:
@@ -274,18 +274,15 @@ class Decoder(nn.Module):
 
     def embed_level_tokens(self, tokens: Tensor, level: int) -> Tensor:
         """Input vectors [..., d] of level tokens int64 [...], `level` 0 to 2."""
-        embedded: Tensor = self.tokens(tokens + self.tokens.level_starts[level], "embed_codes")
-        return embedded
+        return self.tokens.embed_codes(tokens + self.tokens.level_starts[level])
 
     def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """Logits [..., A_level] of hidden states [..., d] over one level's alphabet, `level` 0 to 2."""
-        logits: Tensor = self.tokens(hidden, "level_logits", level)
-        return logits
+        return self.tokens.level_logits(hidden, level)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] over the whole vocabulary."""
-        logits: Tensor = self.tokens(hidden, "all_logits")
-        return logits
+        return self.tokens.all_logits(hidden)
 
     def forward(self, inputs_embeds: Tensor, positions: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Normed hidden states [B, L, d] of input vectors [B, L, d].

@@ -120,5 +120,5 @@ class _PackedTokenTable(TokenTable):
         ends = (*table.level_starts[1:], len(head))
         self._heads = [_Packed(head[start:end], None, dtype) for start, end in zip(table.level_starts, ends, strict=True)]
 
-    def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
         return self._heads[level](hidden)

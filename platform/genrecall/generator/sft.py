@@ -35,8 +35,8 @@ from genrecall.encoders.embed import item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.calibration import choose_decoder_weight, weighted_decoder
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.examples import Batches
-from genrecall.generator.guidance import LEXICON_TOKENS, Lexicon
+from genrecall.generator.examples import Batches, longest_prompt
+from genrecall.generator.guidance import LARGEST_SPREAD, LEXICON_TOKENS, Lexicon
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
@@ -51,7 +51,7 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -65,7 +65,12 @@ class StageConfig:
     warmup_steps: int = 50
 
     def problems(self) -> list[str]:
-        return [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("steps", "batch_size") if getattr(self, name) < 1]
+        found = [f"{name}: must be at least 1, got {getattr(self, name)}" for name in ("steps", "batch_size") if getattr(self, name) < 1]
+        if self.learning_rate <= 0:
+            found.append(f"learning_rate: must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            found.append(f"warmup_steps: must not be negative, got {self.warmup_steps}")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,23 +142,33 @@ class GeneratorConfig:
         ]
         found += [
             f"{name}: must not be negative, got {getattr(self, name)}"
-            for name in ("max_history", "validation_requests", "query_frequency_power")
+            for name in ("max_history", "validation_requests", "query_frequency_power", "weight_decay")
             if getattr(self, name) < 0
         ]
         for name in ("short_text_share", "stage2_item_fraction", "stage3_query_fraction", "corrupted_query_fraction", "query_vector_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name}: must be between 0 and 1, got {getattr(self, name)}")
+        if self.gradient_clipping <= 0:
+            found.append(f"gradient_clipping: must be positive, got {self.gradient_clipping}")
         if self.guided and not self.soft_prompt:
             found.append("guided: needs the query vectors that soft_prompt=true brings; set guided=false too")
         if self.guide_sharpness <= 0:
             found.append(f"guide_sharpness: must be positive, got {self.guide_sharpness}; guided=false switches guidance off")
         if self.guide_lexical < 0:
             found.append(f"guide_lexical: must not be negative, got {self.guide_lexical}")
+        if self.guided and 2 * self.guide_sharpness + self.guide_lexical > LARGEST_SPREAD:
+            found.append(
+                f"guide_sharpness, guide_lexical: 2 * guide_sharpness + guide_lexical must be at most {LARGEST_SPREAD:g}, by which two items' scores may differ in single "
+                f"precision, got {self.guide_sharpness} and {self.guide_lexical}"
+            )
         defaults = GeneratorConfig.__dataclass_fields__
+        idle = {"guided=false": () if self.guided else ("guide_sharpness", "guide_lexical")}
+        idle["soft_prompt=false"] = () if self.soft_prompt else ("soft_prompt_tokens", "query_vector_drop")
         found += [
-            f"{name}: has no effect with guided=false; leave it out"
-            for name in ("guide_sharpness", "guide_lexical")
-            if not self.guided and getattr(self, name) != defaults[name].default
+            f"{name}: has no effect with {switch}; leave it out"
+            for switch, names in idle.items()
+            for name in names
+            if getattr(self, name) != defaults[name].default
         ]
         if self.stage2_item_fraction == 1:
             found.append("stage2_item_fraction: must be below 1, else stage 2 sees no query")
@@ -181,6 +196,7 @@ class GeneratorConfig:
 
     def decoder_config(self, text_vocab_size: int, table: SidTable | None, soft_prompt_dim: int, lexicon: Lexicon | None = None) -> DecoderConfig:
         """The decoder trained from scratch (without SID levels where `table` is None)."""
+        limits = {name: getattr(self, name) for name in ("max_query_tokens", "max_title_tokens", "max_history")}
         return DecoderConfig(
             text_vocab_size=text_vocab_size,
             level_sizes=table.space.level_sizes if table else (0, 0, 0),
@@ -193,7 +209,7 @@ class GeneratorConfig:
             soft_prompt_dim=soft_prompt_dim if self.soft_prompt else 0,
             soft_prompt_tokens=self.soft_prompt_tokens,
             **(self.guide_config(lexicon) if soft_prompt_dim else {}),  # type: ignore[arg-type]
-            max_positions=self.soft_prompt_tokens + 3 + max(9 + 3 * self.max_history + self.max_query_tokens, 2 + self.max_title_tokens),
+            max_positions=self.soft_prompt_tokens + 3 + longest_prompt(**limits),
         )
 
 
@@ -284,11 +300,11 @@ def _loop(loop_config: dict[str, Any]) -> None:
     encoder = load_encoder(encoder_artifact.path)
     tokenizer = QueryTokenizer.from_json(loop_config["tokenizer"])
     index, requests = load_index(sid_index.path), load_requests(dataset, "train", catalog)
-    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known_at_split(catalog, requests)) if config.guided and config.guide_lexical else None
+    known = known_at_split(catalog, requests)
+    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known) if config.guided and config.guide_lexical else None
     model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
-    builder = make_prompt_builder(
-        config, tokenizer, model.config.level_offsets, table, np.load(encoder_artifact.file("item_embeddings.npy"), allow_pickle=False)
-    )
+    item_vectors = np.load(encoder_artifact.file("item_embeddings.npy"), mmap_mode="r", allow_pickle=False)
+    builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known)
     data = build_training_data(config, catalog, requests, table, builder, encoder)
     vectors = data.vectors if config.soft_prompt else None
     runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]
@@ -351,7 +367,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
         (folder / "training.json").write_text(json.dumps({"support": config.support, "stages": record}, indent=2))
 
     final = record[-1].get("validation", {}) if record else {}
-    worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()})
+    worker.finish(export, {f"validation_{metric}": value for metric, value in final.items()}, state={"stages": record})
 
 
 def _validate(model: Decoder, retriever: Retriever, validation: Validation, *, stage: str) -> dict[str, Any]:

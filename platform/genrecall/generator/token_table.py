@@ -8,21 +8,13 @@ Shapes: V vocabulary, d hidden, K1..K3 codebook sizes, A1..A3 alphabet sizes (A3
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Purpose = Literal["embed_ids", "embed_codes", "level_logits", "all_logits"]
-
 
 class TokenTable(nn.Module):
-    """Input embeddings and output head.
-
-    Everything goes through `forward`, because ZeRO-3 gathers a module's weights only around its call. Codes have their own
-    matrix, so that the gradient of one level's slice is not padded to the whole text vocabulary.
-    """
+    """Input embeddings and output head. Codes have their own matrix, so that the gradient of one level's slice is not padded to the whole text vocabulary."""
 
     pair_code: Tensor
     pair_group: Tensor
@@ -46,26 +38,6 @@ class TokenTable(nn.Module):
         self.register_buffer("pair_code", pairs[:, 0].contiguous(), persistent=False)
         self.register_buffer("pair_group", pairs[:, 1].contiguous(), persistent=False)
 
-    def forward(self, x: Tensor, purpose: Purpose, level: int = 0) -> Tensor:
-        """Use the table in one of four ways.
-
-        Args:
-            x: ids int64 [...] to embed, or hidden states [..., d] to score.
-            purpose: "embed_ids" for vocabulary ids, "embed_codes" for ids counted from the first code; "level_logits" for one
-                level's alphabet, "all_logits" for the whole vocabulary.
-            level: 0 to 2, for "level_logits".
-
-        Returns:
-            [..., d], [..., A_level] or [..., V].
-        """
-        if purpose == "embed_ids":
-            return self._embed_ids(x)
-        if purpose == "embed_codes":
-            return self._embed_codes(x)
-        if purpose == "all_logits":
-            return F.linear(x, self.rows(head=self.head_text is not None))
-        return self._level_logits(x, level)
-
     def rows(self, *, head: bool = False) -> Tensor:
         """The whole matrix [V, d] of input embeddings (or of the head), with the pairs' rows worked out."""
         text, codes, terms = (self.head_text, self.head_codes, self.head_group_terms) if head else (self.text, self.codes, self.group_terms)
@@ -77,14 +49,16 @@ class TokenTable(nn.Module):
             return codes
         return torch.cat((codes, codes[self.level_starts[2] + self.pair_code] + terms[self.pair_group - 1]))
 
-    def _embed_ids(self, ids: Tensor) -> Tensor:
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., d] of vocabulary ids int64 [...]."""
         first = self.text_vocab_size
         text = F.embedding(ids.clamp(max=first - 1), self.text)
         if self.codes is None:
             return text
-        return torch.where((ids >= first).unsqueeze(-1), self._embed_codes((ids - first).clamp(min=0)), text)
+        return torch.where((ids >= first).unsqueeze(-1), self.embed_codes((ids - first).clamp(min=0)), text)
 
-    def _embed_codes(self, ids: Tensor) -> Tensor:
+    def embed_codes(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., d] of ids int64 [...] counted from the first code."""
         assert self.codes is not None
         if self.group_terms is None:
             return F.embedding(ids, self.codes)
@@ -96,7 +70,12 @@ class TokenTable(nn.Module):
         term = torch.where(grouped, self.pair_group[pair], 0)
         return F.embedding(code, self.codes) + F.embedding(term, F.pad(self.group_terms, (0, 0, 1, 0)))
 
-    def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
+    def all_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., d] over the whole vocabulary."""
+        return F.linear(hidden, self.rows(head=self.head_text is not None))
+
+    def level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """Logits [..., A_level] of hidden states [..., d] over one level's alphabet, `level` 0 to 2."""
         codes, terms = (self.codes, self.group_terms) if self.head_text is None else (self.head_codes, self.head_group_terms)
         assert codes is not None, "a text model has no levels"
         first = self.level_starts[level]

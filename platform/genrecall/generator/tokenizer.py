@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 MARKERS = ("[PAD]", "[UNK]", "[ITEM]", "[QUERY]", "[USER]", "[HISTORY]", "[ANSWER]")
 MAX_PROFILE_VALUES = 32
@@ -52,8 +52,8 @@ class QueryTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # "[ANSWER]" typed by a shopper is text
-        self.pad_id, self.unk_id, self.item_id, self.query_id, self.user_id, self.history_id, self.answer_id = (
-            identity for identity in ids.values() if identity is not None
+        self.pad_id, self.item_id, self.query_id, self.user_id, self.history_id, self.answer_id = (
+            identity for marker, identity in ids.items() if identity is not None and marker != "[UNK]"
         )
         special = {token.content: identity for identity, token in tokenizer.get_added_tokens_decoder().items()}
         self._genders = {name[8:-1]: identity for name, identity in special.items() if name.startswith("[GENDER=")}
@@ -100,7 +100,6 @@ class QueryTokenizer:
             [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Strip()]
         )
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)  # its pattern splits digits from letters
-        tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=markers,
@@ -163,10 +162,6 @@ class QueryTokenizer:
         np.cumsum([len(tokens) for tokens in encoded], out=offsets[1:])
         ids = np.fromiter((token for tokens in encoded for token in tokens), dtype=np.int32, count=int(offsets[-1]))
         return ids, offsets
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, markers left out."""
-        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)).strip()
 
     def gender_id(self, gender: str | None) -> int:
         """The token of a gender, or -1 where it is None or was not seen at training."""

@@ -50,9 +50,15 @@ class NothingToLearnError(ValueError):
 
 
 def make_prompt_builder(
-    config: GeneratorConfig, tokenizer: QueryTokenizer, level_offsets: Sequence[int], table: SidTable, item_vectors: np.ndarray
+    config: GeneratorConfig, tokenizer: QueryTokenizer, level_offsets: Sequence[int], table: SidTable, item_vectors: np.ndarray, known: np.ndarray
 ) -> PromptBuilder:
-    """The prompt builder of a config; `item_vectors` float [N, d] are the encoder's, for the related part of histories."""
+    """The prompt builder of a config.
+
+    Args:
+        item_vectors: float [N, d], the encoder's, for the related part of histories.
+        known: bool [N], items known at the split; the others have no part in it.
+    """
+    level1 = table.tokens[table.item_sid[known], 0]
     return PromptBuilder(
         tokenizer,
         level_offsets,
@@ -61,7 +67,7 @@ def make_prompt_builder(
         max_history=config.max_history,
         soft_prompt=config.soft_prompt,
         related_codes=config.related_codes,
-        level1_centroids=level1_centroids(item_vectors, table.tokens[table.item_sid, 0], table.space.level_sizes[0]),
+        level1_centroids=level1_centroids(item_vectors[known], level1, table.space.level_sizes[0]),
     )
 
 
@@ -178,8 +184,8 @@ def _query_examples(
     draw = np.bincount(query_of_request[clicked], minlength=len(queries)).astype(np.float64) ** config.query_frequency_power
     copies = np.tile(np.arange(len(queries)), _QUERY_COPIES)
     seen = [_half_seen(config, queries[row], random) for row in copies]
-    plain = ExampleSet(builder.query_bank(queries), texts.rows(queries), offsets, sids, weights, draw).take(copies)
-    plain = replace(plain, vector_rows=texts.rows(seen))
+    no_vectors_yet = np.zeros(len(queries), dtype=np.int32)
+    plain = replace(ExampleSet(builder.query_bank(queries), no_vectors_yet, offsets, sids, weights, draw).take(copies), vector_rows=texts.rows(seen))
     if not config.corrupted_query_fraction:
         return plain
     slips = [corrupt(queries[row], random, drop=0.1, misspelling_rate=0.3) for row in copies]
@@ -245,7 +251,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, model: Decoder, builder: PromptBuilder, trie: Trie, *, personalised: bool, support: Support) -> dict[str, float]:
-        """Mean over requests of -log p of the clicked SIDs, and their share among the best 1, 10 and 100 (at SID level)."""
+        """Means over requests: -log p of a clicked SID (the mean over those of the request), and their share among the best 1, 10 and 100 (at SID level)."""
         bank = self.request_bank if personalised else self.query_bank
         device = trie.device
         totals = dict.fromkeys(("loss", "hit@1", "hit@10", "hit@100"), 0.0)
@@ -253,9 +259,12 @@ class Validation:
             rows = np.arange(start, min(start + _VALIDATION_BATCH, len(bank)))
             prompts = builder.prompts(bank, rows, self.vectors[rows] if builder.soft_prompt else None).to(device)
             found = beam_search(model, prompts, trie, beam_size=_BEAM, support=support).sid_rows.cpu().numpy()
-            first = trie.tokens_of(torch.from_numpy(self.target_sids[self.target_offsets[rows]]).long().to(device))
-            totals["loss"] -= float(group_log_probs(model, prompts, first[:, None], support=support, trie=trie).sum())
-            for row, sids in zip(rows, found, strict=True):
+            counts = np.diff(self.target_offsets)[rows]
+            places = np.minimum(np.arange(counts.max()), counts[:, None] - 1)  # behind a request's own SIDs its last one again
+            clicked = trie.tokens_of(torch.from_numpy(self.target_sids[self.target_offsets[rows][:, None] + places]).long().to(device))
+            log_probs = group_log_probs(model, prompts, clicked, support=support, trie=trie).sum(dim=-1).cpu().numpy()
+            for row, sids, own, count in zip(rows, found, log_probs, counts, strict=True):
+                totals["loss"] -= float(own[:count].mean())
                 targets = self.target_sids[self.target_offsets[row] : self.target_offsets[row + 1]]
                 for beam in (1, 10, 100):
                     totals[f"hit@{beam}"] += float(np.isin(targets, sids[:beam]).mean())

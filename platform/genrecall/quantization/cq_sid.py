@@ -4,7 +4,8 @@ Source: CQ-SID (arXiv:2605.14434). `use_category` and `use_query` switch its two
 
 Deviations: gamma is 1.0 by default, where the paper has 0.001 (at 2.1e7 items). Here the reconstruction is at most about 1, the
 embeddings being unit vectors, so that a thousandth of a cross-entropy would be lost beside it; catalogues of 10^3 to 10^5 items
-are also trained for far fewer steps. Half-way the codebooks are fitted anew by k-means.
+are also trained for far fewer steps. Negatives are a worker's whole batch (512 rows by default; 128 there). Half-way the codebooks are
+fitted anew by k-means.
 Only items known at the split and training pairs are used for fitting; later items are placed by the finished quantiser.
 
 Shapes: N items, D embedding dimension, Z latent dimension, B batch rows.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,11 +40,13 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
+_READ_BY_RQ_KMEANS = ("seed", "method", "use_category", "use_query", "level_sizes", "kmeans_iterations")
 _RESTART_EVERY = 10
 _RESTART_UNTIL = 0.8  # of the steps; after that the codes settle
 _REFIT_AT = 0.5  # of the steps
 _START_ROWS = 100_000  # as many rows as are enough to start codebooks from
+_START_ROWS_OF_CATEGORY = 16  # at least, as far as it has so many: a draw of all rows misses small categories, whose codes nothing else would start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class QuantizerConfig:
 
     Attributes:
         method: "rqvae" (CQ-SID and its ablations) or "rqkmeans" (which reads level_sizes, kmeans_iterations and seed only).
+        kmeans_iterations: of "rqkmeans"; a recipe's quantizer has it for its variant of that name.
         use_category: items take their category's code at level 1.
         use_query: the query term is part of the loss.
         level_sizes: codebook sizes; larger books give smaller clusters. The default suits about 2,000 items.
@@ -101,6 +105,19 @@ class QuantizerConfig:
             found.append("use_category, use_query: have no effect with method=rqkmeans; set both to false")
         if self.use_query and self.gamma == 0:
             found.append("gamma: 0 switches the query term off; set use_query=false to say so")
+        defaults = {field.name: field.default for field in fields(self)}
+        idle: dict[str, tuple[str, ...]] = {
+            "use_category=false": () if self.use_category else ("min_items", "category_share"),
+            "use_query=false": () if self.use_query else ("gamma", "temperature"),
+        }
+        if self.method == "rqkmeans":
+            idle = {"method=rqkmeans": tuple(name for name in defaults if name not in _READ_BY_RQ_KMEANS)}
+        found += [
+            f"{name}: has no effect with {switch}; leave it at {defaults[name]}"
+            for switch, names in idle.items()
+            for name in names
+            if getattr(self, name) != defaults[name]
+        ]
         return found
 
 
@@ -185,17 +202,28 @@ def make_model(config: QuantizerConfig, data: TrainingData, *, query_dim: int) -
         decay=config.decay,
         restart_below=config.restart_below,
     )
-    x, level1 = _starting_rows(config, data)
-    model.start(x, level1, generator=torch.Generator().manual_seed(config.seed))
+    model.start(*_starting_rows(config, data), generator=torch.Generator().manual_seed(config.seed))
     return model
 
 
-def _starting_rows(config: QuantizerConfig, data: TrainingData) -> tuple[Tensor, Tensor | None]:
+def _starting_rows(config: QuantizerConfig, data: TrainingData) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What codebooks start from: embeddings [n, D], level-1 codes int64 [n] and weights [n] (see `ResidualQuantizer.start`)."""
     rows = data.rows
+    level1 = None if data.level1 is None else data.level1[rows]
+    weights = None
     if len(rows) > _START_ROWS:
-        rows = np.sort(np.random.default_rng(config.seed).choice(rows, _START_ROWS, replace=False))
-    level1 = None if data.level1 is None else torch.from_numpy(data.level1[rows])
-    return torch.from_numpy(np.ascontiguousarray(data.embeddings[rows])), level1
+        order = np.random.default_rng(config.seed).permutation(len(rows))
+        drawn = np.zeros(len(rows), dtype=bool)
+        drawn[order[:_START_ROWS]] = True
+        if level1 is not None:
+            by_code = order[np.argsort(level1[order], kind="stable")]
+            place = np.arange(len(rows)) - np.searchsorted(level1[by_code], level1[by_code])
+            drawn[by_code[place < _START_ROWS_OF_CATEGORY]] = True
+            standing_for = np.bincount(level1 + 1) / np.maximum(np.bincount(level1[drawn] + 1), 1)
+            level1 = level1[drawn]
+            weights = torch.from_numpy(standing_for[level1 + 1]).float()
+        rows = rows[drawn]
+    return torch.from_numpy(np.ascontiguousarray(data.embeddings[rows])), None if level1 is None else torch.from_numpy(level1), weights
 
 
 @torch.no_grad()
@@ -208,8 +236,8 @@ def refit_codebooks(config: QuantizerConfig, data: TrainingData, model: RqVae, *
     if step != int(_REFIT_AT * config.steps) or step == 0:
         return
     device = next(model.parameters()).device
-    x, level1 = (None if part is None else part.to(device) for part in _starting_rows(config, data))
-    model.quantizer.start(model.encoder(x), level1, generator=torch.Generator(device).manual_seed(config.seed + step))
+    x, level1, weights = (None if part is None else part.to(device) for part in _starting_rows(config, data))
+    model.quantizer.start(model.encoder(x), level1, weights, generator=torch.Generator(device).manual_seed(config.seed + step))
     model.quantizer.synchronize()
 
 

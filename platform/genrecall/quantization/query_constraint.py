@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genrecall.encoders.ngram_hash import ragged_positions
+
 
 def bidirectional_info_nce(items: Tensor, queries: Tensor, has_query: Tensor, positive: Tensor, *, temperature: float) -> Tensor:
     """InfoNCE from query to item and from item to query, averaged.
@@ -84,7 +86,7 @@ class QueryPairs:
         rows = np.flatnonzero(known)
         first = self._query_offsets[queries[rows]]
         counts = self._query_offsets[queries[rows] + 1] - first
-        flat = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+        flat = ragged_positions(first, counts)
         column_of = np.full(self._num_items, -1, dtype=np.int32) if self._num_items <= 1_000_000 else None
         if column_of is not None:
             column_of[items] = np.arange(len(items))

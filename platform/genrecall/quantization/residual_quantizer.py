@@ -202,8 +202,16 @@ class ResidualQuantizer(nn.Module):
         book.total.copy_(torch.where(dead[:, None], candidates / size, book.total))
 
     @torch.no_grad()
-    def start(self, z: Tensor, level1: Tensor | None, *, generator: torch.Generator, iterations: int = 10) -> None:
-        """Set the codes from data z [n, Z]: k-means level by level; an owned code starts at the mean of its category's rows."""
+    def start(self, z: Tensor, level1: Tensor | None, weights: Tensor | None = None, *, generator: torch.Generator, iterations: int = 10) -> None:
+        """Set the codes from data z [n, Z]: k-means level by level; an owned code starts at the mean of its category's rows, and stays as it is without any.
+
+        Args:
+            level1: int64 [n], given level-1 codes, -1 for none; None without the category constraint.
+            weights: float [n], of how many rows each row of a sample is one; None: all alike. The codes' shares follow them.
+            generator: on z's device.
+            iterations: of k-means.
+        """
+        weights = torch.ones(len(z), device=z.device) if weights is None else weights
         residual = z
         for number, level in enumerate(self.levels):
             book = cast(_Codebook, level)
@@ -213,7 +221,8 @@ class ResidualQuantizer(nn.Module):
             if owned:
                 assert level1 is not None
                 known = level1 >= 0
-                vectors[:owned] = _means(residual[known], level1[known], owned)
+                empty = torch.bincount(level1[known], minlength=owned) == 0
+                vectors[:owned] = torch.where(empty[:, None], book.vectors[:owned], _means(residual[known], level1[known], owned))
                 pool = residual[~known] if bool((~known).any()) else residual
             else:
                 pool = residual
@@ -222,7 +231,7 @@ class ResidualQuantizer(nn.Module):
             if owned:
                 assert level1 is not None
                 chosen = torch.where(level1 >= 0, level1, chosen)
-            share = torch.bincount(chosen, minlength=size).to(vectors.dtype) / len(residual)
+            share = (torch.bincount(chosen, weights, minlength=size) / weights.sum()).to(vectors.dtype)
             # An unused code starts with an even share so that it has time to find rows before it counts as dead.
             book.set_codes(vectors, torch.where(share > 0, share, 1.0 / size))
             residual = residual - vectors[chosen]

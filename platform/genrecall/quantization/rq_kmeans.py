@@ -16,7 +16,7 @@ from genrecall.quantization.residual_quantizer import FrozenQuantizer, LevelSize
 
 
 def fit_rq_kmeans(embeddings: NDArray[np.float32], level_sizes: LevelSizes, *, iterations: int = 25, seed: int = 0) -> FrozenQuantizer:
-    """Fit three levels of k-means on embeddings float32 [N, D]; codes lie in the embedding space itself.
+    """Fit three levels of k-means on all rows of the embeddings float32 [N, D]; codes lie in the embedding space itself.
 
     With fewer distinct rows than codes the extra codes lie at the origin of their level's residuals and stay unused.
     """
@@ -24,7 +24,8 @@ def fit_rq_kmeans(embeddings: NDArray[np.float32], level_sizes: LevelSizes, *, i
     codebooks = []
     for size in level_sizes:
         used = min(size, len(residual))
-        kmeans = faiss.Kmeans(residual.shape[1], used, niter=iterations, seed=seed + 1, min_points_per_centroid=1)
+        # By itself FAISS would fit on a sample of 256 rows a code.
+        kmeans = faiss.Kmeans(residual.shape[1], used, niter=iterations, seed=seed + 1, min_points_per_centroid=1, max_points_per_centroid=len(residual))
         kmeans.train(residual)
         vectors = np.zeros((size, residual.shape[1]), dtype=np.float32)
         vectors[:used] = kmeans.centroids

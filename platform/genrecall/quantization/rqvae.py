@@ -51,12 +51,12 @@ class RqVae(nn.Module):
         self.query_projection = None if query_dim is None else nn.Linear(query_dim, latent_dim)
 
     @torch.no_grad()
-    def start(self, x: Tensor, level1: Tensor | None, *, generator: torch.Generator) -> None:
+    def start(self, x: Tensor, level1: Tensor | None, weights: Tensor | None = None, *, generator: torch.Generator) -> None:
         """Start from data: principal components in the linear maps, k-means in the codebooks.
 
         Args:
             x: [n, D], item embeddings; of a large catalogue a sample.
-            level1: int64 [n], given level-1 codes, -1 for none.
+            level1, weights: see `ResidualQuantizer.start`.
             generator: on x's device.
         """
         mean = x.mean(dim=0)
@@ -72,7 +72,7 @@ class RqVae(nn.Module):
         if self.query_projection is not None and self.query_projection.in_features == self.encoder.linear.in_features:
             # Query and item embeddings of one encoder share a space, so their projections start as one.
             self.query_projection.load_state_dict(self.encoder.linear.state_dict())
-        self.quantizer.start(self.encoder(x), level1, generator=generator)
+        self.quantizer.start(self.encoder(x), level1, weights, generator=generator)
 
 
 @dataclass(frozen=True)

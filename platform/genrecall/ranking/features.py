@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from genrecall.data.catalog import Catalog
-from genrecall.data.interactions import Requests
-from genrecall.encoders.ngram_hash import words_of
+from genrecall.data.interactions import Requests, flattened
+from genrecall.encoders.ngram_hash import ragged_positions, words_of
 
 FEATURES = (
     "cosine",  # of the encoder's query and item vectors
@@ -59,8 +59,8 @@ def item_statistics(requests: Requests, num_items: int, *, position_bias: float 
         position_bias: eta; a shopper looks at 0-based position p with propensity (p + 1) ** -eta.
     """
     clicks, exposures = np.zeros(num_items), np.zeros(num_items)
-    _, clicked = ragged(requests.clicked)
-    owners, exposed = ragged(requests.exposed)
+    _, clicked = flattened(requests.clicked)
+    owners, exposed = flattened(requests.exposed)
     np.add.at(clicks, clicked, 1.0)
     np.add.at(exposures, exposed, propensity(positions_in(owners), position_bias))
     return ItemStatistics(clicks, exposures)
@@ -160,8 +160,7 @@ class PairFeatures:
         """Every pair beside every item of its shopper's history, averaged; nan without a history."""
         lengths = context.history_lengths[requests]
         pairs = np.repeat(np.arange(len(requests)), lengths)
-        within = np.arange(len(pairs)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        past = context.history_items[np.repeat(context.history_starts[requests], lengths) + within]
+        past = context.history_items[ragged_positions(context.history_starts[requests], lengths)]
         now = items[pairs]
         same_prefix = (self._categories[now] == self._categories[past]) & (self._categories[now] >= 0)
         depth = np.maximum((self._categories >= 0).sum(axis=1), 1)
@@ -193,7 +192,7 @@ class _Context:
         known = np.diff(self.words.indptr)
         unknown = np.array([len(one) for one in words], dtype=np.int64) - known
         self.rarity = _row_sums(self.words.multiply(features._rarity[None, :])) + unknown * features._unseen_rarity
-        owners, self.history_items = ragged(requests.history)
+        owners, self.history_items = flattened(requests.history)
         self.history_lengths = np.bincount(owners, minlength=len(requests)).astype(np.int64)
         self.history_starts = np.cumsum(self.history_lengths) - self.history_lengths
         prices = features._log_prices[self.history_items]
@@ -201,13 +200,6 @@ class _Context:
         sums = np.bincount(owners[priced], weights=prices[priced], minlength=len(requests))
         counts = np.bincount(owners[priced], minlength=len(requests))
         self.mean_log_price = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def ragged(lists: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Ragged lists as two aligned arrays: the list each value came from (int64), and the values (int32)."""
-    lengths = np.fromiter((len(one) for one in lists), dtype=np.int64, count=len(lists))
-    values = np.concatenate(lists).astype(np.int32) if len(lists) else np.zeros(0, dtype=np.int32)
-    return np.repeat(np.arange(len(lists), dtype=np.int64), lengths), values
 
 
 def positions_in(owners: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 
 from genrecall.data.catalog import Catalog, load_catalog
-from genrecall.data.interactions import Requests, load_requests
+from genrecall.data.interactions import Requests, flattened, load_requests
 from genrecall.encoders.text_encoder import load_encoder
-from genrecall.ranking.features import FEATURES, ItemStatistics, PairFeatures, item_statistics, positions_in, propensity, ragged
+from genrecall.ranking.features import FEATURES, ItemStatistics, PairFeatures, item_statistics, positions_in, propensity
 from genrecall.storage import Artifact, Stage
 
 ALGORITHM_VERSION = 2
@@ -328,11 +328,11 @@ class _Pairs:
 
 def _labels_by_request(requests: Requests) -> list[NDArray[np.int64]]:
     """Labels beside `requests.exposed`: a grade of 1 to 3 as 0 to 3 where there is one, else purchase 3, click 1, exposure 0."""
-    owners, items = ragged(requests.exposed)
+    owners, items = flattened(requests.exposed)
     keys = owners << 32 | items
     labels = np.full(len(keys), EXPOSURE_LABEL, dtype=np.int64)
     for label, lists in ((CLICK_LABEL, requests.clicked), (PURCHASE_LABEL, requests.purchased)):
-        by, chosen = ragged(lists)
+        by, chosen = flattened(lists)
         labels[np.isin(keys, by << 32 | chosen)] = label
     grades = np.concatenate(requests.grades) if len(requests) else np.zeros(0)
     judged = np.isfinite(grades)
@@ -348,7 +348,7 @@ def _draw_pairs(config: RankerConfig, requests: Requests, num_items: int, rng: n
     )
     if len(rows) > limit:
         rows = np.sort(rng.choice(rows, limit, replace=False))
-    owners, items = ragged([requests.exposed[row] for row in rows])
+    owners, items = flattened([requests.exposed[row] for row in rows])
     shown_requests = rows[owners]
     extra_requests = np.repeat(rows, config.random_negatives)
     extra = rng.integers(0, num_items, size=len(extra_requests), dtype=np.int32)

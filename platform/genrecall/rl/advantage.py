@@ -40,7 +40,12 @@ def group_advantages(rewards: Tensor, *, epsilon: float = 1e-6) -> Tensor:
 
 def has_spread(rewards: Tensor) -> Tensor:
     """Which groups can teach anything: bool [B], true where two finite rewards [B, G] differ."""
+    return reward_spread(rewards) > 0
+
+
+def reward_spread(rewards: Tensor) -> Tensor:
+    """The highest less the lowest finite reward of each group: [B] of [B, G]; 0 where none is finite."""
     usable = torch.isfinite(rewards)
-    highest = torch.where(usable, rewards, torch.full_like(rewards, -torch.inf)).amax(dim=1)
-    lowest = torch.where(usable, rewards, torch.full_like(rewards, torch.inf)).amin(dim=1)
-    return highest > lowest
+    highest = rewards.masked_fill(~usable, -torch.inf).amax(dim=1)
+    lowest = rewards.masked_fill(~usable, torch.inf).amin(dim=1)
+    return torch.where(usable.any(dim=1), highest - lowest, torch.zeros_like(highest))

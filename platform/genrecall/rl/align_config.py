@@ -23,10 +23,9 @@ class AlignError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """EG-GRPO.
+    """EG-GRPO. It starts from stage 3, which is also the reference of the KL.
 
     Args:
-        start_stage: the supervised stage to start from; also the reference of the KL.
         requests_per_step, group_size: B and G.
         num_experts: K places of a group for logged SIDs; 0 is plain GRPO.
         expert_draw: weights of a purchased, clicked and exposed SID in the draw of experts (and of the anchor).
@@ -45,7 +44,6 @@ class AlignConfig:
     """
 
     seed: int = 0
-    start_stage: Literal["stage2", "stage3"] = "stage3"
     steps: int = 60
     requests_per_step: int = 48
     group_size: int = 8
@@ -86,6 +84,11 @@ class AlignConfig:
             found.append(f"expert_draw: expected weights of at least 0, one of them above 0, got {list(self.expert_draw)}")
         if self.objective.expert_decay_steps and not self.num_experts:
             found.append("objective.expert_decay_steps: has no effect without experts; set num_experts above 0 or leave it out")
+        found += [
+            f"objective.{name}: has no effect without experts; set num_experts above 0 or leave it out"
+            for name in ("expert_weight", "expert_ratio")
+            if not self.num_experts and getattr(self.objective, name) != getattr(ObjectiveConfig, name)
+        ]
         if self.reward.needs_ranker and self.reward.timeout_s >= self.actor_timeout_s:
             found.append(
                 f"reward.timeout_s: expected less than actor_timeout_s ({self.actor_timeout_s:g}), or the reward actor is replaced before its ranking model is "

@@ -7,6 +7,9 @@ other ranks, so all of them see the same health and stop together.
 With `max_staleness` 0 a step's groups come from the weights it updates. With s > 0 the groups of s more steps are under way meanwhile, made by
 weights up to s steps older; the clipped ratio corrects for it, and older ones are dropped and counted.
 
+Update, rollouts and reference all compute in float32, on GPUs too, where supervised training uses bfloat16: log-probabilities of one policy
+must not differ by who worked them out, and steps of 1e-6 are lost in bfloat16 weights.
+
 Shapes: B requests of a step, G answers per request, T anchors.
 """
 
@@ -51,7 +54,7 @@ from genrecall.rl.experts import counter_uniforms, draw_weighted, tier_weights
 from genrecall.rl.feedback import Feedback, build_feedback
 from genrecall.rl.learner import RequestPrompts, alignment_loss, draw_requests, frequent_queries, rollout_health
 from genrecall.rl.policy_loss import decayed_expert_weight
-from genrecall.rl.rollout import weights_of
+from genrecall.rl.rollout import START_STAGE, weights_of
 from genrecall.rl.stop_rules import StopRules
 from genrecall.sid.index import load_sid_table, load_trie
 from genrecall.sid.trie import Trie
@@ -60,7 +63,7 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 _SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
 _GOOD_WEIGHTS = "good_weights.safetensors"  # in a checkpoint: what a stop rule goes back to
 _ANCHOR_STREAM = 0xA9C4_0125
@@ -158,7 +161,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
     encoder = load_encoder(encoder_artifact.path)
     prompts = RequestPrompts(PromptBuilder.load(generator.path), table, encoder, requests, vector_drop=config.query_vector_drop, seed=config.seed)
     head = frequent_queries(requests.queries)
-    stage_folder = generator.file(config.start_stage)
+    stage_folder = generator.file(START_STAGE)
     model, reference = Decoder.from_pretrained(stage_folder), Decoder.from_pretrained(stage_folder).eval()
     trie = load_trie(sid_index.path, default_device()) if config.support == "trie" else None
     updates = config.steps * config.updates_per_rollout
@@ -170,6 +173,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
         gradient_clipping=config.gradient_clipping,
         total_steps=updates,
         loop_config=loop_config,
+        dtype=torch.float32,  # as rollouts and reference compute: in bfloat16 the ratio of the same weights would not be 1
     )
     reference = pack(reference.to(worker.device))
     batch = _batch_size(config, len(eligible), worker.world_size, quiet=worker.rank > 0)
@@ -234,7 +238,6 @@ def align_loop(loop_config: dict[str, Any]) -> None:
         pq.write_table(pa.Table.from_pylist(health), folder / "health.parquet")
         facts = {
             "support": config.support,
-            "start_stage": config.start_stage,
             "steps_run": step + 1,
             "kept_step": good_step,
             "stopped": reason,

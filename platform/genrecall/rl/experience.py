@@ -32,7 +32,6 @@ def rollout_actors(config: AlignConfig, loop_config: Mapping[str, Any]) -> list[
     """The rollout actors of an alignment; they are made when first used."""
     spec = {
         "generator": loop_config["generator"],
-        "stage": config.start_stage,
         "sid_index": loop_config["sid_index"],
         "rollout": to_dict(config.rollout_config()),
         "use_gpu": config.gpus_per_rollout > 0,

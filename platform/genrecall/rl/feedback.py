@@ -13,8 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from genrecall.data.interactions import Requests
-from genrecall.ranking.features import ragged
+from genrecall.data.interactions import Requests, flattened
 
 INVALID, VALID, EXPOSED, CLICKED, PURCHASED = range(5)
 TIER_NAMES = ("invalid", "valid", "exposed", "clicked", "purchased")
@@ -77,7 +76,7 @@ def build_feedback(requests: Requests, item_sid: NDArray[np.int32], num_sids: in
     """
     keys_parts, tier_parts = [], []
     for tier, lists in ((EXPOSED, requests.exposed), (CLICKED, requests.clicked), (PURCHASED, requests.purchased)):
-        owners, items = ragged(lists)
+        owners, items = flattened(lists)
         sids = item_sid[items]
         known = sids >= 0
         keys_parts.append(owners[known] * num_sids + sids[known])

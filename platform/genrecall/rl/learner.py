@@ -193,7 +193,8 @@ def frequent_queries(queries: list[str]) -> NDArray[np.bool_]:
 
 
 def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) -> dict[str, float]:
-    """What a step's rollouts say about the policy; shares are of its own samples, experts and missing places left out.
+    """What a step's rollouts say about the policy; shares are of its own samples, experts and missing places left out. Mean rewards are of the answers that
+    have one, nan where none has.
 
     Args:
         head: bool [B], whether each request asks a head query.
@@ -206,8 +207,8 @@ def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) 
     hits = own & (rewards.tiers >= CLICKED)
     values = torch.tensor(np.where(there, rewards.values, np.nan), dtype=torch.float32)
     return {
-        "reward": float(np.where(finite, rewards.values, 0.0)[own].sum() / count),
-        "group_reward": float(np.where(finite, rewards.values, 0.0).sum() / max(1, there.sum())),
+        "reward": _mean(rewards.values[own & finite]),
+        "group_reward": _mean(rewards.values[finite]),
         "valid_rate": float((rollout.sid_rows[own] >= 0).mean()) if own.any() else 0.0,
         "unique_sids": float(np.mean([len({*row.tolist()} - {-1}) for row in rollout.sid_rows])),
         "zero_spread": float((~has_spread(values)).float().mean()),
@@ -222,6 +223,10 @@ def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) 
         "hit_rate_tail": _share(hits, own & ~head[:, None]),
         **{f"tier_{name}": float(share) for name, share in zip(TIER_NAMES, tiers, strict=True)},
     }
+
+
+def _mean(values: NDArray[np.floating]) -> float:
+    return float(values.mean(dtype=np.float64)) if len(values) else float("nan")
 
 
 def _share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> float:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genrecall.rl.advantage import reward_spread
+
 
 @dataclass(frozen=True)
 class ClippedObjective:
@@ -121,11 +123,7 @@ def open_groups(entropy: Tensor, rewards: Tensor, *, min_entropy: float, min_spr
     Returns:
         bool [B].
     """
-    usable = torch.isfinite(rewards)
-    highest = rewards.masked_fill(~usable, -torch.inf).amax(dim=1)
-    lowest = rewards.masked_fill(~usable, torch.inf).amin(dim=1)
-    spread = torch.where(usable.any(dim=1), highest - lowest, torch.zeros_like(highest))
-    return (entropy >= min_entropy) & (spread >= min_spread)
+    return (entropy >= min_entropy) & (reward_spread(rewards) >= min_spread)
 
 
 def answer_entropy(by_level: Tensor, left_out: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from genrecall.config import from_dict
 from genrecall.data.catalog import Catalog, load_catalog
 from genrecall.data.interactions import Requests, load_requests
+from genrecall.encoders.ngram_hash import ragged_positions
 from genrecall.rl.bounded_scorer import BoundedScorer, Scorer
 from genrecall.rl.feedback import Feedback, build_feedback
 from genrecall.sid.index import SidIndex, load_index
@@ -53,6 +54,12 @@ class RewardConfig:
             found.append(f"ranker_share: expected between 0 and 1, got {self.ranker_share}")
         found += [
             f"{name}: expected at least 1, got {getattr(self, name)}" for name in ("ranker_items", "cache_size", "max_failures") if getattr(self, name) < 1
+        ]
+        idle = {"ranker_share": self.mode != "mixed", "ranker_items": self.mode == "feedback"}
+        found += [
+            f"{name}: has no effect with mode {self.mode!r}; leave it out"
+            for name, without_effect in idle.items()
+            if without_effect and getattr(self, name) != getattr(RewardConfig, name)
         ]
         if self.timeout_s <= 0:
             found.append(f"timeout_s: expected above 0, got {self.timeout_s}")
@@ -152,12 +159,11 @@ class RewardModel:
     def _best_item(self, requests: NDArray[np.int64], sids: NDArray[np.int32]) -> NDArray[np.float64]:
         assert self._scorer is not None
         sizes = np.minimum(self._index.sizes(sids), self._config.ranker_items)
-        starts = np.cumsum(sizes) - sizes
-        items = self._index.item_rows[np.repeat(self._index.offsets[sids] - starts, sizes) + np.arange(int(sizes.sum()))]
+        items = self._index.item_rows[ragged_positions(self._index.offsets[sids], sizes)]
         scores = np.asarray(self._scorer(np.repeat(requests, sizes), np.asarray(items, dtype=np.int32)), dtype=np.float64)
         best = np.zeros(len(sids))
         filled = sizes > 0
-        best[filled] = np.maximum.reduceat(scores, starts[filled])
+        best[filled] = np.maximum.reduceat(scores, (np.cumsum(sizes) - sizes)[filled])
         return best
 
 

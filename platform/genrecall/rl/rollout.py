@@ -29,6 +29,8 @@ from genrecall.sid.index import load_trie
 from genrecall.sid.trie import Trie
 from genrecall.storage import open_artifact
 
+START_STAGE = "stage3"
+"""The generator's stage that alignment starts from and stays near; every generator has it, and it reads the prompts with the shopper that are sampled for."""
 _EXPERT_STREAM = 0x5EED_E8BE  # keeps the luck of experts apart from that of samples
 
 
@@ -181,7 +183,7 @@ class RolloutActor:
     def __init__(self, spec: Mapping[str, Any]) -> None:
         torch.set_num_threads(1)
         device = default_device() if spec["use_gpu"] else torch.device("cpu")
-        model = Decoder.from_pretrained(open_artifact(spec["generator"]).file(spec["stage"]), device=device)
+        model = Decoder.from_pretrained(open_artifact(spec["generator"]).file(START_STAGE), device=device)
         trie = load_trie(open_artifact(spec["sid_index"]).path, device)
         self._worker = RolloutWorker(model, trie, from_dict(RolloutConfig, spec["rollout"]))
 

@@ -17,7 +17,7 @@ class StopConfig:
 
     enabled: bool = True
     patience: int = 5
-    baseline_steps: int = 5  # the first steps, whose mean the relative bounds refer to
+    baseline_steps: int = 5  # the first steps, whose mean b the relative bounds refer to: a share s of it allows b - (1 - s) |b|, so s * b where b is positive
     min_valid_rate: float = 0.2  # share of the policy's own samples that are SIDs, relative to the baseline
     min_unique_sids: float = 0.25  # distinct SIDs per group, relative to the baseline
     min_entropy: float = 0.25  # of each level, relative to the baseline
@@ -39,25 +39,26 @@ class StopRules:
     """Watches the health of a run step by step. `state()` and `StopRules(config, **state)` carry it over a restart."""
 
     config: StopConfig
-    seen: int = 0
+    seen: dict[str, int] = field(default_factory=dict)  # finite values in each baseline
     baseline: dict[str, float] = field(default_factory=dict)
     breaches: dict[str, int] = field(default_factory=dict)
 
     def observe(self, health: Mapping[str, float]) -> str | None:
-        """Take in one step's health; the reason to stop, or None.
+        """Take in one step's health; the reason to stop, or None. A step without any reward says nothing of its height and breaks no rule about that.
 
         Raises:
             KeyError: a watched metric is missing from `health`.
         """
-        rules = self._rules()
-        if self.seen < self.config.baseline_steps:
-            for _, metric, _, _ in rules:
-                self.baseline[metric] = (self.baseline.get(metric, 0.0) * self.seen + health[metric]) / (self.seen + 1)
-        self.seen += 1
+        rules = [rule for rule in self._rules() if rule[1] != "reward" or math.isfinite(health["reward"])]
+        for _, metric, _, _ in rules:
+            seen = self.seen.get(metric, 0)
+            if seen < self.config.baseline_steps and math.isfinite(health[metric]):
+                self.baseline[metric] = (self.baseline.get(metric, 0.0) * seen + health[metric]) / (seen + 1)
+                self.seen[metric] = seen + 1
         if not self.config.enabled:
             return None
         for rule, metric, bound, kind in rules:
-            limit = bound * self.baseline[metric] if kind == "least_of_baseline" else bound
+            limit = self._limit(metric, bound, kind)
             value = health[metric]
             broken = not math.isfinite(value) or (value > limit if kind == "most" else value < limit)
             self.breaches[rule] = self.breaches.get(rule, 0) + 1 if broken else 0
@@ -70,10 +71,8 @@ class StopRules:
         """The bound of each watched metric, "least" or "most" with its value; those relative to a baseline from its first step on."""
         limits = {}
         for _, metric, bound, kind in self._rules():
-            if kind == "most":
-                limits[metric] = ("most", bound)
-            elif metric in self.baseline:
-                limits[metric] = ("least", bound * self.baseline[metric])
+            if kind == "most" or metric in self.baseline:
+                limits[metric] = ("most" if kind == "most" else "least", self._limit(metric, bound, kind))
         return limits if self.config.enabled else {}
 
     @property
@@ -83,7 +82,13 @@ class StopRules:
 
     def state(self) -> dict[str, object]:
         """JSON-able; pass it back as keyword arguments."""
-        return {"seen": self.seen, "baseline": dict(self.baseline), "breaches": dict(self.breaches)}
+        return {"seen": dict(self.seen), "baseline": dict(self.baseline), "breaches": dict(self.breaches)}
+
+    def _limit(self, metric: str, bound: float, kind: str) -> float:
+        if kind == "most":
+            return bound
+        baseline = self.baseline.get(metric, math.nan)
+        return baseline - (1.0 - bound) * abs(baseline)
 
     def _rules(self) -> list[tuple[str, str, float, str]]:
         c = self.config

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genrecall.data.interactions import Requests, popularity, query_item_pairs
+from genrecall.data.interactions import Requests, flattened, popularity, query_item_pairs
 
 
 def requests_of(clicked: list[list[int]], purchased: list[list[int]]) -> Requests:
@@ -26,6 +26,13 @@ def requests_of(clicked: list[list[int]], purchased: list[list[int]]) -> Request
         history=rows([[]] * count),
         grades=[np.full(len(one), np.nan, dtype=np.float32) for one in clicked],
     )
+
+
+def test_a_flattened_column_says_whose_each_value_is() -> None:
+    owners, values = flattened([np.array([3, 1], dtype=np.int32), np.array([], dtype=np.int32), np.array([2], dtype=np.int32)])
+    assert (owners.tolist(), values.tolist()) == ([0, 0, 2], [3, 1, 2])
+    assert (owners.dtype, values.dtype) == (np.int64, np.int32)
+    assert [part.tolist() for part in flattened([])] == [[], []]
 
 
 def test_pairs_weigh_a_purchase_twice_a_click() -> None:

@@ -167,7 +167,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
         tokenizer = train_tokenizer(config, catalog, load_requests(dataset, "train", catalog))
         lexicon = build_lexicon(catalog, load_index(indexes[variant].path).item_rows, tokenizer, np.ones(30, dtype=bool)) if config.guided else None
         models[variant] = model = build_decoder(config, tokenizer, loaded, 16, lexicon)
-        builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, embeddings)
+        builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, embeddings, np.ones(30, dtype=bool))
 
         def fill_generator(folder: Path, model: Decoder = model, builder: PromptBuilder = builder, support: str = config.support) -> None:
             builder.save(folder)

@@ -39,6 +39,19 @@ def test_variants_differ_in_their_constraints() -> None:
     assert constraints == dict.fromkeys(("rqvae", "rqvae_resized", "rqkmeans"), (False, False))
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_variant_of_every_recipe_is_a_quantizer_without_idle_settings(recipe: str) -> None:
+    made = RECIPES[recipe]()
+    assert {variant: made.quantizer_of(variant).problems() for variant in VARIANTS} == {variant: [] for variant in VARIANTS}
+
+
+def test_iterations_of_k_means_are_for_the_control() -> None:
+    with pytest.raises(ConfigError, match=r"quantizer\.kmeans_iterations: has no effect without the variant 'rqkmeans'; leave it at 25"):
+        apply_overrides(RECIPES["marketplace"](), ["quantizer.kmeans_iterations=50"])
+    with_control = apply_overrides(RECIPES["marketplace"](), ["quantizer.kmeans_iterations=50", 'variants=["cqsid", "rqkmeans"]'])
+    assert with_control.quantizer_of("rqkmeans").kmeans_iterations == 50
+
+
 def test_all_problems_of_a_recipe_are_listed_together() -> None:
     with pytest.raises(ConfigError) as caught:
         apply_overrides(RECIPES["tiny"](), ['variants=["rqvae", "rqvea"]', "align.support=level", "generator.targets_per_query=0"])

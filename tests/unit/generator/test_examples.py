@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecall.generator.examples import Batches, ExampleSet, PromptBank, PromptBuilder, PromptBuilderError, aggregate_targets, level1_centroids
+from genrecall.generator.examples import Batches, ExampleSet, PromptBank, PromptBuilder, PromptBuilderError, aggregate_targets, level1_centroids, longest_prompt
 from genrecall.generator.tokenizer import QueryTokenizer, TokenizerError
 
 TOKENIZER = QueryTokenizer.train(["angle bracket", "shower faucet"] * 3, 400, genders=["f", "m"], age_bands=["18-24"])
@@ -33,7 +33,7 @@ def rows_of(prompts) -> list[list[int]]:
 
 
 def test_item_and_query_prompts():
-    assert rows_of(builder().item_prompts(["Angle", "shower faucet"])) == [[ITEM, *ANGLE, ANSWER], [ITEM, *SHOWER, ANSWER]]
+    assert rows_of(builder().prompts(builder().item_bank(["Angle", "shower faucet"]), None, None)) == [[ITEM, *ANGLE, ANSWER], [ITEM, *SHOWER, ANSWER]]
     assert rows_of(builder().query_prompts(["angle", ""])) == [[QUERY, *ANGLE, ANSWER], [QUERY, ANSWER]]
 
 
@@ -87,11 +87,16 @@ def test_queries_are_cut():
 
 
 def test_no_prompt_is_longer_than_announced():
-    made = builder(max_history=3, max_query_tokens=4)
+    limits = {"max_history": 3, "max_query_tokens": 4, "max_title_tokens": 6}
+    made = builder(**limits)
     history = np.zeros((9, 3), np.int32)
     prompts = made.request_prompts(["x" * 99], ["f"], ["18-24"], [history])
-    assert prompts.lengths.tolist() == [3 + 1 + 9 + 1 + 4 + 1]
-    assert made.max_prompt_tokens >= int(prompts.lengths[0])
+    assert prompts.lengths.tolist() == [3 + 1 + 9 + 1 + 4 + 1] == [longest_prompt(**limits)]
+    assert (
+        made.prompts(made.item_bank(["x" * 99]), None, None).lengths.tolist()
+        == [1 + 6 + 1]
+        == [longest_prompt(**limits | {"max_history": 0, "max_query_tokens": 1})]
+    )
 
 
 def test_prompts_are_padded_on_the_right():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genrecall.generator.beam_search import beam_search
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.guidance import Guidance, Guide, Lexicon, log_guide
+from genrecall.generator.guidance import LARGEST_SPREAD, Guidance, Guide, Lexicon, log_guide
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.sid.trie import Trie
@@ -228,6 +228,14 @@ def test_probabilities_of_the_children_of_every_prefix_add_to_one(sharpness: flo
         torch.testing.assert_close(guide.nodes2[:, trie.level1_of_node == token].exp().sum(-1), torch.ones(3))
     for node in range(len(trie.tokens2)):
         torch.testing.assert_close(guide.leaves[:, trie.node_of_leaf == node].exp().sum(-1), torch.ones(3))
+
+
+def test_scores_as_far_apart_as_settings_allow_still_tell_items_apart() -> None:
+    # Two SIDs under one level-1 code, whose items lie `LARGEST_SPREAD` and a little less below the best item, in the other code.
+    trie = Trie.from_tokens(np.array([[0, 0, 0], [1, 0, 0], [1, 0, 1]], dtype=np.int32), SIZES).with_items(np.eye(3, DIM), np.arange(4))
+    guide = log_guide(torch.tensor([[0.0], [-LARGEST_SPREAD], [1 - LARGEST_SPREAD]]), trie)
+    assert guide.leaves[0].tolist() == pytest.approx([0.0, -math.log1p(math.e), 1 - math.log1p(math.e)], abs=1e-5)
+    assert guide.level1[0, 1].item() == pytest.approx(math.log1p(math.e) - LARGEST_SPREAD, abs=1e-4)
 
 
 def test_a_query_is_guided_the_same_in_any_batch() -> None:

@@ -62,7 +62,7 @@ def trie(catalog, table, encoder) -> Trie:
 def parts(catalog, requests, table, encoder):
     tokenizer = train_tokenizer(CONFIG, catalog, requests)
     model = build_decoder(CONFIG, tokenizer, table, encoder.dim)
-    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, encoder.encode_items(catalog.titles))
+    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, encoder.encode_items(catalog.titles), np.ones(50, dtype=bool))
     return builder, build_training_data(CONFIG, catalog, requests, table, builder, encoder)
 
 
@@ -102,6 +102,18 @@ def test_fifty_items_are_learned(config, trained, parts, requests, table, trie, 
     assert measured["hit@10"] >= measured["hit@1"]
     assert measured["hit@100"] == 1.0  # more beams than SIDs
     assert measured["loss"] < 1.0
+
+
+def test_validation_loss_is_the_mean_over_the_clicked_sids_of_a_request(config, trained, parts, table, trie, encoder, make_requests):
+    builder, _ = parts
+
+    def loss_of(*clicked: list[int]) -> float:
+        validation = Validation.build(builder, make_requests(["red bracket"] * len(clicked), clicked), 50, table, encoder)
+        return validation.measure(trained, builder, trie, personalised=False, support=config.support)["loss"]
+
+    red, brass, lamp = (loss_of([item]) for item in (0, 5, 31))
+    assert red < brass  # so that it matters which of them count
+    assert loss_of([0, 5, 31], [5]) == pytest.approx(((red + brass + lamp) / 3 + brass) / 2, rel=1e-4)
 
 
 def test_the_shopper_decides_where_the_query_does_not(config, trained, parts, requests, table, trie, encoder):
@@ -196,6 +208,13 @@ def test_guidance_is_part_of_the_settings(table):
     with pytest.raises(ConfigError, match="guide_sharpness: has no effect with guided=false; leave it out"):
         apply_overrides(GeneratorConfig(), ["guide_sharpness=10.0", "guided=false"])
     assert apply_overrides(GeneratorConfig(), ["guide_sharpness=10.0"]).guide_sharpness == 10.0
+    with pytest.raises(ConfigError, match=r"2 \* guide_sharpness \+ guide_lexical must be at most 69, by which .* got 33\.0 and 4\.0"):
+        apply_overrides(GeneratorConfig(), ["guide_sharpness=33.0"])
+    assert apply_overrides(GeneratorConfig(), ["guide_sharpness=32.5"]).guide_sharpness == 32.5
+    for setting in ("query_vector_drop=0.2", "soft_prompt_tokens=2"):
+        with pytest.raises(ConfigError, match=f"{setting.split('=')[0]}: has no effect with soft_prompt=false; leave it out"):
+            apply_overrides(GeneratorConfig(), ["guided=false", "soft_prompt=false", setting])
+        assert apply_overrides(GeneratorConfig(), ["guided=false", setting]) != GeneratorConfig(guided=False)
     with pytest.raises(ConfigError, match=r"guide_lexical: must not be negative, got -1\.0"):
         apply_overrides(GeneratorConfig(), ["guide_lexical=-1.0"])
     with pytest.raises(ConfigError, match="guide_lexical: has no effect with guided=false; leave it out"):
@@ -287,6 +306,17 @@ def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table
     stage1 = build_training_data(CONFIG, later, requests, table, parts[0], encoder).stages[0]
     assert set(stage1.target_sids.tolist()) == set(range(49))
     assert known_at_split(catalog, requests).all()
+    vectors = encoder.encode_items(catalog.titles)
+    builder = make_prompt_builder(CONFIG, parts[0].tokenizer, (0, 5, 15), table, vectors, known_at_split(later, requests))
+    for code, rows in ((3, slice(30, 40)), (4, slice(40, 49))):  # item 49 is of kind 4
+        mean = vectors[rows].mean(axis=0)
+        np.testing.assert_allclose(builder.level1_centroids[code], mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)
+
+
+def test_no_text_is_encoded_that_no_example_reads(parts):
+    _, data = parts
+    read = np.unique(np.concatenate([stage.vector_rows for stage in data.stages]))
+    assert read.tolist() == list(range(len(data.vectors)))
 
 
 def test_the_same_inputs_give_the_same_examples(parts, catalog, requests, table, encoder):
@@ -317,6 +347,10 @@ def test_impossible_settings_are_named():
     message = str(caught.value)
     for part in ("stage1.steps: must be at least 1", "num_heads: must be a multiple", "targets_per_query: must be at least 1"):
         assert part in message
+    with pytest.raises(ConfigError, match=r"(?s)weight_decay: must not be negative, got -0\.1.*gradient_clipping: must be positive, got 0\.0") as caught:
+        apply_overrides(GeneratorConfig(), ["weight_decay=-0.1", "gradient_clipping=0", "stage2.learning_rate=0", "stage3.warmup_steps=-1"])
+    for part in ("stage2.learning_rate: must be positive, got 0.0", "stage3.warmup_steps: must not be negative, got -1"):
+        assert part in str(caught.value)
     with pytest.raises(ConfigError, match="hidden_size: has no effect with base_model"):
         apply_overrides(GeneratorConfig(), ["base_model=/models/qwen", "hidden_size=64"])
 

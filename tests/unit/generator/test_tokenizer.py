@@ -7,6 +7,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
+from tokenizers.decoders import ByteLevel
 
 from genrecall.generator.tokenizer import MARKERS, MAX_PROFILE_VALUES, QueryTokenizer, TokenizerError
 
@@ -18,6 +19,10 @@ def ids_of(text: str, max_tokens: int = 64) -> list[int]:
     ids, offsets = TOKENIZER.encode_batch([text], max_tokens)
     assert offsets.tolist() == [0, len(ids)]
     return ids.tolist()
+
+
+def text_of(ids: list[int]) -> str:
+    return str(ByteLevel().decode([TOKENIZER._tokenizer.id_to_token(token) for token in ids])).strip()
 
 
 def test_markers_come_first_and_profile_values_get_a_token_each():
@@ -37,7 +42,7 @@ def test_the_order_of_the_texts_changes_nothing():
 
 @pytest.mark.parametrize("text", ["angle", "shower faucet 90", "日本語 ähnlich", "simpson strong-tie 12-gauge"])
 def test_lower_case_text_survives_the_round_trip(text):
-    assert TOKENIZER.decode(ids_of(text)) == text
+    assert text_of(ids_of(text)) == text
 
 
 def test_case_width_and_spacing_do_not_matter():
@@ -63,7 +68,7 @@ def test_letters_and_digits_never_share_a_token():
 def test_a_marker_in_a_query_is_read_as_text():
     for marker in (*MARKERS, "[GENDER=f]"):
         assert min(ids_of(f"angle {marker}")) > 9
-    assert TOKENIZER.decode(ids_of("[ANSWER]")) == "[answer]"
+    assert text_of(ids_of("[ANSWER]")) == "[answer]"
 
 
 def test_texts_are_cut_to_the_limit_and_an_empty_text_has_no_tokens():

@@ -9,8 +9,11 @@ import torch
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.data.catalog import Catalog
 from genrecall.data.interactions import Requests
+from genrecall.quantization import cq_sid
 from genrecall.quantization.cq_sid import (
     QuantizerConfig,
+    TrainingData,
+    _starting_rows,
     draw_batch,
     freeze,
     make_model,
@@ -104,6 +107,24 @@ def test_a_batch_is_the_same_whenever_its_step_comes(embeddings):
     assert len(torch.unique(first[0], dim=0)) == 16  # no item twice
 
 
+def test_a_draw_to_start_from_misses_no_category(embeddings, monkeypatch):
+    monkeypatch.setattr(cq_sid, "_START_ROWS", 20)
+    level1 = np.repeat([0, 1, -1, 2], [3, 30, 60, 27])
+    data = TrainingData(embeddings, np.arange(NUM_ITEMS), level1, None, None, [])
+    x, codes, weights = _starting_rows(SMALL, data)
+    drawn = {code: int((codes == code).sum()) for code in (-1, 0, 1, 2)}
+    assert drawn[0] == 3  # all that there are
+    assert all(drawn[code] >= 16 for code in (-1, 1, 2))
+    assert sum(drawn.values()) < NUM_ITEMS
+    for code, count in ((-1, 60), (0, 3), (1, 30), (2, 27)):  # together, the rows of a category stand for all of it
+        assert weights[codes == code].tolist() == pytest.approx([count / drawn[code]] * drawn[code])
+        rows = embeddings[level1 == code].tolist()
+        assert all(row in rows for row in x[codes == code].tolist())
+    plain = TrainingData(embeddings, np.arange(NUM_ITEMS), None, None, None, [])
+    x, codes, weights = _starting_rows(SMALL, plain)
+    assert (len(x), codes, weights) == (20, None, None)
+
+
 def fit(config, embeddings):
     data = training_data(config, catalog_of(), requests_of(), embeddings)
     queries = (
@@ -125,7 +146,7 @@ def fit(config, embeddings):
 @pytest.mark.parametrize("use_category", [True, False])
 @pytest.mark.parametrize("use_query", [True, False])
 def test_the_four_variants_are_one_code(embeddings, use_category, use_query):
-    config = apply_overrides(SMALL, [f"use_category={str(use_category).lower()}", f"use_query={str(use_query).lower()}"])
+    config = apply_overrides(SMALL, [f"use_category={str(use_category).lower()}", f"use_query={str(use_query).lower()}", "min_items=10"])
     quantizer, parts = fit(config, embeddings)
     assert ("query_contrast" in parts.metrics) == use_query
     paths = catalog_of().category_paths
@@ -161,4 +182,17 @@ def test_settings_that_cannot_take_effect_are_refused():
         apply_overrides(QuantizerConfig(), ["gamma=0"])
     with pytest.raises(ConfigError, match="each level needs at least 2 codes"):
         apply_overrides(QuantizerConfig(), ["level_sizes=[64,1,32]", "decay=2"])
-    assert apply_overrides(QuantizerConfig(), ["method=rqkmeans", "use_category=false", "use_query=false"]).method == "rqkmeans"
+    control = ["method=rqkmeans", "use_category=false", "use_query=false"]
+    assert apply_overrides(QuantizerConfig(), [*control, "kmeans_iterations=50"]).method == "rqkmeans"
+    for setting, switch in (
+        ("min_items=20", "use_category=false"),
+        ("category_share=0.5", "use_category=false"),
+        ("gamma=0.2", "use_query=false"),
+        ("temperature=0.2", "use_query=false"),
+    ):
+        name, _ = setting.split("=")
+        with pytest.raises(ConfigError, match=f"{name}: has no effect with {switch}; leave it at {getattr(QuantizerConfig, name)}"):
+            apply_overrides(QuantizerConfig(), [setting, switch])
+        assert apply_overrides(QuantizerConfig(), [setting]) != QuantizerConfig()
+    with pytest.raises(ConfigError, match="steps: has no effect with method=rqkmeans; leave it at 600"):
+        apply_overrides(QuantizerConfig(), [*control, "steps=700"])

@@ -117,6 +117,23 @@ def test_start_puts_an_owned_code_at_its_category_mean():
     assert sorted(quantizer.codebooks[0][1:, 0].tolist()) == [10.0, 20.0]
 
 
+def test_a_fresh_start_leaves_an_owned_code_without_rows_where_it_was():
+    quantizer = ResidualQuantizer((3, 2, 2), 1, owned_codes=2)
+    z = torch.tensor([[1.0], [3.0], [10.0], [20.0]])
+    quantizer.start(z, torch.tensor([0, 0, 1, -1]), generator=torch.Generator().manual_seed(0))
+    assert quantizer.codebooks[0][:2, 0].tolist() == [2.0, 10.0]
+    quantizer.start(z + 1.0, torch.tensor([0, 0, -1, -1]), generator=torch.Generator().manual_seed(0))
+    assert quantizer.codebooks[0][:2, 0].tolist() == [3.0, 10.0]
+
+
+def test_shares_follow_the_rows_that_a_sample_stands_for():
+    quantizer = ResidualQuantizer((3, 2, 2), 1, owned_codes=2)
+    z = torch.tensor([[1.0], [3.0], [10.0], [20.0]])
+    quantizer.start(z, torch.tensor([0, 0, 1, -1]), torch.tensor([3.0, 3.0, 1.0, 13.0]), generator=torch.Generator().manual_seed(0))
+    assert quantizer.levels[0].share.tolist() == pytest.approx([6 / 20, 1 / 20, 13 / 20])
+    assert quantizer.levels[0].total[:, 0].tolist() == pytest.approx([2.0 * 6 / 20, 10.0 / 20, 20.0 * 13 / 20])
+
+
 def test_kmeans_finds_separate_blobs():
     generator = torch.Generator().manual_seed(1)
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])

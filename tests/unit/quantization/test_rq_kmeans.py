@@ -17,6 +17,13 @@ def test_residuals_shrink_and_the_fit_repeats():
     np.testing.assert_array_equal(again.place(x, [()] * 400)[0], codes)
 
 
+def test_all_rows_are_fitted_on():
+    x = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32) + np.repeat([[9.0], [-9.0]], [1500, 500], axis=0).astype(np.float32)
+    first, _, _ = fit_rq_kmeans(x, (2, 2, 2)).codebooks
+    # Two blobs far apart: k-means ends at their means, to which each of the 2,000 rows belongs (FAISS would draw 512).
+    np.testing.assert_allclose(sorted(first.tolist()), sorted([x[:1500].mean(axis=0).tolist(), x[1500:].mean(axis=0).tolist()]), atol=1e-3)
+
+
 def test_fewer_items_than_codes():
     x = np.eye(3, dtype=np.float32)
     codes, residuals = fit_rq_kmeans(x, (4, 4, 4)).place(x, [()] * 3)

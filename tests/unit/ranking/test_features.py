@@ -16,7 +16,6 @@ from genrecall.ranking.features import (
     item_statistics,
     positions_in,
     propensity,
-    ragged,
 )
 
 VECTORS = np.eye(4, dtype=np.float32)
@@ -135,12 +134,8 @@ def test_exposures_count_by_the_propensity_of_their_position():
     assert propensity(np.array([0, 3]), 0.5).tolist() == [1.0, 0.5]
 
 
-def test_ragged_lists():
-    owners, values = ragged([np.array([3, 1], dtype=np.int32), np.array([], dtype=np.int32), np.array([2], dtype=np.int32)])
-    assert owners.tolist() == [0, 0, 2]
-    assert values.tolist() == [3, 1, 2]
+def test_places_in_ragged_lists():
     assert positions_in(np.array([0, 0, 0, 2, 5, 5])).tolist() == [0, 1, 2, 0, 0, 1]
-    assert [part.tolist() for part in ragged([])] == [[], []]
 
 
 def test_a_pair_has_the_same_features_alone_and_in_company(monkeypatch):

@@ -127,7 +127,6 @@ def spec_of(toy: Toy, artifacts: dict[str, Artifact]) -> dict[str, object]:
     return {
         "generator": artifacts["generator"].uri,
         "sid_index": artifacts["sid_index"].uri,
-        "stage": "stage3",
         "rollout": to_dict(RolloutConfig(seed=5, group_size=4, num_experts=1, support=toy.support)),
         "use_gpu": False,
     }

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genrecall.rl.advantage import group_advantages, has_spread
+from genrecall.rl.advantage import group_advantages, has_spread, reward_spread
 
 
 def test_one_hit_among_four_valid_answers():
@@ -51,6 +51,7 @@ def test_group_of_unusable_rewards_has_advantage_zero():
 
 
 def test_spread_is_seen_per_group():
+    assert reward_spread(torch.tensor([[0.1, 0.1], [0.0, 0.5], [math.nan, 0.5], [math.nan, math.inf]])).tolist() == [0.0, 0.5, 0.0, 0.0]
     assert has_spread(torch.tensor([[0.1, 0.1], [0.1, 0.5], [math.nan, 0.5]])).tolist() == [False, True, False]
 
 

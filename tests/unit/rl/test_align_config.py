@@ -50,6 +50,10 @@ def test_impossible_settings_are_listed_together():
 def test_setting_without_effect_is_an_error():
     with pytest.raises(ConfigError, match="expert_decay_steps: has no effect without experts"):
         from_dict(AlignConfig, {"num_experts": 0, "objective": {"expert_decay_steps": 10}})
+    for objective in ({"expert_weight": 0.5}, {"expert_ratio": "one"}):
+        with pytest.raises(ConfigError, match=rf"objective\.{next(iter(objective))}: has no effect without experts; set num_experts above 0"):
+            from_dict(AlignConfig, {"num_experts": 0, "objective": objective})
+        from_dict(AlignConfig, {"objective": objective})
     with pytest.raises(ConfigError, match=r"num_experts: 2 have no effect with objective\.policy_weight=0; set num_experts=0"):
         from_dict(AlignConfig, {"objective": {"policy_weight": 0.0}})
 

@@ -123,7 +123,7 @@ def test_actors_that_die_in_the_middle_of_their_work_change_nothing_and_are_coun
     prompts = RequestPrompts(PromptBuilder.load(parts["generator"].path), table, load_encoder(parts["encoder"].path), requests)
     config = AlignConfig(group_size=4, num_experts=1, requests_per_call=2)
     uris = {name: parts[name].uri for name in ("dataset", "encoder", "sid_index", "generator")}
-    rollout_spec = {**uris, "stage": "stage3", "rollout": to_dict(config.rollout_config()), "use_gpu": False, "marker": str(tmp_path / "rollouts")}
+    rollout_spec = {**uris, "rollout": to_dict(config.rollout_config()), "use_gpu": False, "marker": str(tmp_path / "rollouts")}
     reward_spec = {**uris, "reward": to_dict(RewardConfig()), "marker": str(tmp_path / "rewards")}
     named = {"namespace": "genrecall-test", "cpus": 0.1}
     pool = [NamedActor(MortalRollouts, rollout_spec, name=f"test-{run}-rollouts", **named)]

@@ -39,7 +39,8 @@ class Plain:
     dies_before_update: int | None = None
     exported: Path
 
-    def __init__(self, model, loss_fn, *, learning_rate, total_steps, loop_config, weight_decay, gradient_clipping) -> None:
+    def __init__(self, model, loss_fn, *, learning_rate, total_steps, loop_config, weight_decay, gradient_clipping, dtype=torch.bfloat16) -> None:
+        model.to(dtype)  # the default is that of a GPU
         self.model, self.rank, self.world_size, self.device = model, 0, 1, torch.device("cpu")
         self._loss_fn, self._rate, self._clip = loss_fn, learning_rate, gradient_clipping
         self._optimizer = torch.optim.AdamW(model.parameters(), weight_decay=weight_decay)
@@ -138,7 +139,7 @@ def run(untrained_line, tmp_path, monkeypatch):
 
     def spec_of(config):
         uris = {name: parts[name].uri for name in ("generator", "sid_index")}
-        return {**uris, "stage": config.start_stage, "rollout": to_dict(config.rollout_config()), "use_gpu": False}
+        return {**uris, "rollout": to_dict(config.rollout_config()), "use_gpu": False}
 
     def aligned(rewards=None, **settings) -> Path:
         folder = tmp_path / str(next(count))
@@ -230,6 +231,11 @@ def test_a_run_that_collapses_after_its_restart_keeps_the_weights_that_were_good
     assert json.loads(Plain.checkpoint["state"])["rollout_step"] == 2
     assert_same(run(no_rewards_from_the_third_step_on, stop=stop), undisturbed)
     assert facts["stop_limits"]["unusable_rewards"] == {"limit": 0.5, "at": "most"}
+
+
+def test_the_ratio_of_a_policy_to_itself_is_one(run):
+    _, rows, _ = outcome(run())  # fresh rollouts and one update a step
+    assert [row["ratio"] for row in rows] == pytest.approx([1.0] * 4, abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.5])

@@ -64,7 +64,14 @@ def test_fresh_on_policy_loss_is_minus_the_mean_advantage(any_toy):
     toy = any_toy
     tokens, old, rewards, experts = group_of(toy)
     loss, parts = loss_of(toy, tokens, old, rewards, experts)
-    assert loss.item() == pytest.approx(-group_advantages(rewards).mean().item(), abs=1e-5)  # all ratios are 1 and the KL is 0
+    loss.backward()  # all ratios are 1 and the KL is at its least: what is left is the plain policy gradient
+    got = {name: parameter.grad.clone() for name, parameter in toy.model.named_parameters()}
+    toy.model.zero_grad()
+    log_probs = group_log_probs(toy.model, toy.prompts(range(6)), tokens, support=toy.support, trie=toy.trie if toy.support == "trie" else None)
+    (-(group_advantages(rewards)[..., None] * log_probs).mean()).backward()
+    for name, parameter in toy.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert max(parameter.grad.abs().max() for parameter in toy.model.parameters()) > 1e-3
     assert parts["kl"].item() == pytest.approx(0.0, abs=1e-6)
     assert parts["ratio"].item() == pytest.approx(1.0, abs=1e-5)
     assert parts["clip_fraction"].item() == 0.0
@@ -293,7 +300,8 @@ def test_health_of_a_step_by_hand():
     tiers = np.array([[EXPOSED, EXPOSED, CLICKED], [INVALID, CLICKED, VALID]], dtype=np.int8)
     rewards = Rewards(np.array([[0.5, 0.5, 1.0], [0.0, np.nan, 0.1]], dtype=np.float32), tiers)
     health = rollout_health(rollout, rewards, np.array([True, False]))
-    assert health["reward"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.0 + 0.1) / 5)
+    assert health["reward"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.1) / 4)  # the fifth sample has none
+    assert health["group_reward"] == pytest.approx((0.5 + 0.5 + 1.0 + 0.0 + 0.1) / 5)
     assert health["valid_rate"] == pytest.approx(4 / 5)
     assert health["unique_sids"] == pytest.approx((2 + 1) / 2)
     assert health["zero_spread"] == 0.0
@@ -318,7 +326,9 @@ def test_health_leaves_missing_places_out_and_counts_groups_without_a_reward():
     values = np.array([[1.0, 0.5, 0.0], [np.nan, np.nan, 0.0], [0.5, 0.5, 0.0]], dtype=np.float32)
     health = rollout_health(rollout, Rewards(values, np.array([[CLICKED, EXPOSED, INVALID]] * 3, dtype=np.int8)), np.ones(3, dtype=bool))
     assert health["valid_rate"] == 1.0
-    assert [health["reward"], health["group_reward"]] == pytest.approx([(1.0 + 0.5 + 0.5 + 0.5) / 6] * 2)
+    assert [health["reward"], health["group_reward"]] == pytest.approx([(1.0 + 0.5 + 0.5 + 0.5) / 4] * 2)
+    nothing = rollout_health(rollout, Rewards(np.full_like(values, np.nan), np.zeros((3, 3), dtype=np.int8)), np.ones(3, dtype=bool))
+    assert np.isnan([nothing["reward"], nothing["group_reward"]]).all()
     assert health["missing_answers"] == pytest.approx(1 / 3)
     assert health["empty_groups"] == pytest.approx(1 / 3)
     assert health["unusable_rewards"] == pytest.approx(2 / 6)

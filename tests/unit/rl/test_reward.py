@@ -94,6 +94,15 @@ def test_impossible_settings_are_listed_together():
         from_dict(RewardConfig, {"valid": 0.7, "ranker_share": 1.5, "ranker_items": 0})
 
 
+def test_settings_of_a_ranker_that_is_not_asked_are_refused():
+    for setting in ({"ranker_share": 0.25}, {"ranker_items": 5}):
+        with pytest.raises(ConfigError, match=f"{next(iter(setting))}: has no effect with mode 'feedback'; leave it out"):
+            from_dict(RewardConfig, setting)
+        from_dict(RewardConfig, {"mode": "mixed", **setting})
+    with pytest.raises(ConfigError, match="ranker_share: has no effect with mode 'ranker'"):
+        from_dict(RewardConfig, {"mode": "ranker", "ranker_share": 0.25})
+
+
 def test_a_call_of_the_ranking_model_that_fails_gives_no_reward_is_counted_and_asked_again():
     calls = []
 

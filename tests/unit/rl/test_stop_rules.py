@@ -60,6 +60,25 @@ def test_reason_names_value_bound_and_steps():
     assert run(fresh(), sick, sick)[1] == "reward_holds: reward was 0.1, below its bound 0.2, for 2 steps in a row"
 
 
+def test_a_bound_on_negative_rewards_lies_below_them():
+    punished = {**HEALTHY, "reward": -0.4}  # reward.invalid may be negative
+    rules = StopRules(StopConfig(patience=2, baseline_steps=2))
+    assert run(rules, *[punished] * 10) == [None] * 10
+    assert rules.limits()["reward"] == ("least", pytest.approx(-0.4 - 0.5 * 0.4))
+    sick = {**HEALTHY, "reward": -0.7}
+    assert run(rules, sick, sick)[1] == "reward_holds: reward was -0.7, below its bound -0.6, for 2 steps in a row"
+
+
+def test_a_step_without_a_reward_says_nothing_of_its_height():
+    without = {**HEALTHY, "reward": math.nan}
+    rules = StopRules(StopConfig(patience=2, baseline_steps=2))
+    assert run(rules, without, HEALTHY, without, {**HEALTHY, "reward": 0.6}, *[without] * 5) == [None] * 9
+    assert rules.limits()["reward"] == ("least", pytest.approx(0.5 * (0.4 + 0.6) / 2))
+    assert rules.healthy
+    sick = {**HEALTHY, "reward": 0.1}
+    assert run(rules, sick, without, sick)[2].startswith("reward_holds: reward was 0.1")
+
+
 def test_recovery_resets_the_patience():
     sick = {**HEALTHY, "kl": 2.0}
     assert run(fresh(), sick, HEALTHY, sick, HEALTHY, sick) == [None] * 5

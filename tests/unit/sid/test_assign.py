@@ -48,7 +48,6 @@ def test_assignment_equals_the_rule_in_words():
     assert len(sids.table.space.groups) > 0
     newcomers = 4 * rng.normal(size=(300, 3)).astype(np.float32)
     codes, _ = quantizer.place(newcomers, [()] * 300)
-    assert not np.isin(np.arange(5), sids.table.tokens[:, 0]).all() or len(np.unique(codes[:, 0])) == 5
     found = SidAssigner(quantizer, sids.table.space, sids.trie, sids.centers).assign(newcomers, [()] * 300)
     assert found.tolist() == [plain_assign(quantizer, sids, codes[row], newcomers[row]) for row in range(300)]
     lengths = {int((codes[row][None] == sids.table.space.codes_of(sids.table.tokens)[0]).cumprod(axis=1).sum(axis=1).max()) for row in range(300)}
