@@ -125,7 +125,7 @@ def _item_rows(column: pa.ChunkedArray, catalog: Catalog, where: str) -> list[np
 def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     """The values of a list column end to end, and int64 [R + 1] offsets into them."""
     lengths = np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
-    values = pc.listflattened(column)
+    values = pc.list_flatten(column)
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return values.combine_chunks(), offsets
