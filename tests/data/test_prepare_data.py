@@ -255,7 +255,7 @@ def test_unchanged_input_is_not_done_again_and_changed_input_is(tmp_path: Path) 
 
 def test_nothing_of_erased_shoppers_is_built_however_often(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     items, users, events = shop()
-    glance = {**events[4], "action": "glance"}  # of u1; it would be rejected and keep its row number
+    glance = {**events[5], "action": "glance"}  # of u1; it would be rejected and keep its row number
     save(tmp_path, items, users, [*events, glance], style="jsonl")
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"query": "' + "my own words " * 20 + '", "user_id": "u1", "action"\n')  # cut off, and its id lies beyond what a rejected row shows
