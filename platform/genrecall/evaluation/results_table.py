@@ -12,6 +12,7 @@ CHANNEL_NAMES = {
     "bm25": "BM25",
     "dense": "dense two-tower",
     "popularity": "popularity",
+    "guidance": "guidance alone (no decoder)",
     "generative": "generative (ours)",
     "rrf_bm25_dense": "RRF of BM25 + dense",
     "rrf_all": "RRF of BM25 + dense + generative",
@@ -134,7 +135,8 @@ def meaning(metrics: Mapping[str, Any]) -> str:
 def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[Record]]]:
     """The gains worth showing: (table, row, base, records)."""
     recalls, variants = channel_metrics(metrics)[:2], variant_metrics(metrics)
-    wanted = [("channels", "rrf_all", "rrf_bm25_dense", recalls), ("channels", "generative", "dense", recalls)]
+    channels = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "guidance"))
+    wanted = [("channels", row, base, recalls) for row, base in channels]
     main = metrics["main"]
     for table in ("semantic", "personalised"):
         wanted.append((table, main, "rqvae", [*variants[:3], variants[-1]]))

@@ -201,13 +201,19 @@ def test_channels_have_their_gains_and_their_slices_averaged_over_seeds(tables: 
         rows = {
             "channels.rrf_bm25_dense": {"recall@10": [1, 0, 1, 0]},
             "channels.rrf_all": {"recall@10": [1, 1, 1, 0]},
+            "channels.guidance": {"recall@10": [1, 1, 0, 1]},
             "channels.generative": {"recall@10": [0, 1, 0, 0], "missed_found@100": [NAN, 1, seed, 0]},
         }
         named = {"table": "channels", "row": "generative", "metric": "missed_found@100"}
         slices = [named | {"slice": name, "value": value} for name, value in (("", 0.9), ("head", head), ("tail", 0.5 if seed else None), ("torso", None))]
         folders[f"marketplace {seed} channels"] = write_evaluation(tmp_path / str(seed), rows, records=slices)
-    found = values_of(collected(tables, folders, "channels"))
+    records = collected(tables, folders, "channels")
+    found = values_of(records)
     assert found["channels", "rrf_all", "recall@10_gain_vs_rrf_bm25_dense"] == 0.5
+    assert found["channels", "generative", "recall@10_gain_vs_guidance"] == -0.5  # 1 of 3 headline requests after 2 of 3
+    text = tables.markdown(records)
+    assert "| guidance alone (no decoder) | .667 (" in text
+    assert "| generative (ours) over guidance alone (no decoder) | -50.0 %" in text
     assert found["channels", "generative", "missed_found@100"] == 0.75
     by_slice = {metric: value for (table, _, metric), value in found.items() if table == "channels_by_slice"}
     assert by_slice == {"missed_found@100[head]": 0.5, "missed_found@100[tail]": 0.5, "missed_found@100[torso]": None}
