@@ -45,7 +45,7 @@ def write_evaluation(
     query_kind: str = "real",
 ) -> Path:
     """An evaluation of four requests, the first three of them headline, the last two a uniform sample; `rows` is `table.row` -> metric -> values."""
-    (folder / "per_request").mkdir(parents=True)
+    (folder / "per_request").mkdir(parents=True, exist_ok=True)
     masks = {"primary": np.array([True, True, True, False]), "uniform": np.array([False, False, True, True])}
     np.savez(folder / "per_request" / "requests.npz", request_id=np.array(ids), **masks)
     np.savez(folder / "per_request" / "sid_lists.npz", **{"semantic.cqsid": np.zeros((4, 2), dtype=np.int32)})
@@ -317,6 +317,37 @@ def test_cell_runs_its_stages_in_order_and_times_only_what_it_made(quality: Modu
     file.write_text('{"encoder": 12.5}')
     quality.run_cell(cell, where)
     assert json.loads(file.read_text()) == {"encoder": 12.5}
+
+
+def test_records_name_the_commits_that_evaluated_and_not_the_one_that_collects(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "Pipeline", PretendPipeline)
+    monkeypatch.setattr(quality, "use_tracking", lambda where: None)
+    where, cells = (
+        Places(home=str(tmp_path), data="/nowhere", tracking_uri="sqlite:///nowhere.db"),
+        [quality.Cell("marketplace", seed, "sids") for seed in (0, 1)],
+    )
+    monkeypatch.setattr(quality, "resize", lambda pipeline: None)
+
+    def at(commit: str) -> None:
+        monkeypatch.setattr(quality, "commit", lambda: commit)
+        monkeypatch.setattr(sys.modules["measurement"], "commit", lambda: commit)
+
+    def collected_at() -> set[str]:
+        quality.collect(["marketplace"], [0, 1], ["sids"], tmp_path, tmp_path / "results")
+        return {record["commit"] for record in json.loads((tmp_path / "results" / "quality.json").read_text())}
+
+    for number, cell in enumerate(cells):
+        at(f"{number}+changes")
+        quality.run_cell(cell, where)
+        sid_evaluation(cell.artifact(tmp_path, "evaluation"), rqvae=[1, 0, 1, 0], cqsid=[1, 1, 1, 0])
+    at("2")
+    quality.run_cell(cells[0], where)  # makes nothing
+    assert collected_at() == {"0+changes, 1+changes"}
+    # An evaluation that the file is not about, and one without a file, are as before: of the commit now.
+    (cells[0].artifact(tmp_path, "evaluation") / "manifest.json").write_text('{"format_version": 1, "created": "later"}')
+    assert collected_at() == {"2, 1+changes"}
+    cells[1].evaluated(tmp_path).unlink()
+    assert collected_at() == {"2"}
 
 
 def test_resized_books_are_fitted_after_both_sizes_are_known_and_before_their_generator(
