@@ -31,8 +31,9 @@ from genrecall.evaluation.fusion import fuse, gather_candidates, tune_weights
 from genrecall.evaluation.leaks import check_no_leaks
 from genrecall.evaluation.records import Record, RecordMaker, Results
 from genrecall.evaluation.report import write_report
-from genrecall.evaluation.request_metrics import Tiers, channel_columns, item_lists, sid_columns
-from genrecall.evaluation.served_stage import choose_served
+from genrecall.evaluation.request_metrics import Columns, Tiers, channel_columns, item_lists, sid_columns
+from genrecall.evaluation.results_table import barred_line
+from genrecall.evaluation.served_stage import choose_served, falls_beyond_noise
 from genrecall.evaluation.slices import Sample, Slice, cold_items, request_slices, sample_requests
 from genrecall.generator.calibration import weighted_decoder
 from genrecall.generator.retriever import GeneratedSids, Retriever, load_retriever
@@ -137,7 +138,8 @@ def evaluate(
         dataset, encoder: artifacts; the encoder is also the dense channel.
         sid_indexes, generators: variant name -> artifact, the same names in both; `config.main` must be among them.
         uri: where the artifact goes.
-        aligned: stage 4 of the main variant; the `generative` channel serves the stage that finds most on the validation requests.
+        aligned: stage 4 of the main variant; the `generative` channel serves the stage that finds most on the validation requests, stage 4 only if no
+            guarded metric falls beyond noise there.
         quantizers: variant name -> artifact, for the pictures of the report.
         encoders: variant name -> the encoder it was trained with, where that is not `encoder`.
         ranker: orders the pages of the simulated A/B test where `config.ab_ranker` is "learned"; else not read.
@@ -162,13 +164,15 @@ def evaluate(
     check_no_leaks(dataset)
     stats = dataset.json("stats.json")
     data = _load(config, dataset, stats["query_kind"])
-    tiers = Tiers.of(data.requests)
+    tiers, validation_tiers = Tiers.of(data.requests), Tiers.of(data.validation)
+    main_index = load_index(sid_indexes[config.main].path)
     maker = RecordMaker(str(stats["source"]), config.bootstrap_samples, config.seed)
     lists: dict[tuple[str, str], np.ndarray] = {}
     ranked: dict[tuple[str, str], np.ndarray] = {}
     seconds: dict[str, float] = {}
     searches: dict[str, float] = {}
     on_validation: dict[str, np.ndarray] = {}
+    guarded: dict[str, Columns] = {}
     retrievers: dict[str, tuple[Retriever, bool]] = {}
     for variant in generators:
         for table, row, retriever, personalised in _runs(config, variant, sid_indexes, generators, encoders.get(variant, encoder), aligned):
@@ -180,9 +184,12 @@ def evaluate(
                 searches[stage_name], retrievers[stage_name] = elapsed, (retriever, personalised)
                 validated, _ = _search(retriever, data.validation, max(config.beams), personalised=personalised)
                 on_validation[stage_name] = item_lists(retriever, validated, config.depth)
-    served_stage, validation_recall = choose_served(on_validation, Tiers.of(data.validation).clicked, config.cuts)
+                guarded[stage_name] = sid_columns(
+                    validated.sid_rows, main_index, validation_tiers, beams=(1, 10), budgets=(10,), cut_items=config.cut_items, cut_beams=(1,)
+                )
+    falls = _falls(config, guarded)
+    served_stage, validation_recall = choose_served(on_validation, validation_tiers.clicked, config.cuts, barred=["stage4"] if falls else [])
     seconds["generative"] = searches[served_stage]
-    main_index = load_index(sid_indexes[config.main].path)
     served_table, is_supervised = next(key for key, name in STAGE_OF.items() if name == served_stage)
     served = ranked[served_table, config.main if is_supervised else f"{config.main}_{ALIGNED}"][:, : config.depth]
     rankings, weights, matches = _channels(config, data, encoder, served, on_validation[served_stage], seconds)
@@ -224,6 +231,7 @@ def evaluate(
         "main": config.main,
         "served": served_stage,
         "validation_recall": validation_recall,
+        "stage4_falls": falls,
         "fusion_weights": weights,
         "slices": {one.name: one.about for one in slices},
         "notes": _notes(data, stats),
@@ -311,6 +319,17 @@ def _search(retriever: Retriever, requests: Requests, beam_size: int, *, persona
     begin = time.perf_counter()
     found = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=beam_size, personalised=personalised)
     return found, 1000 * (time.perf_counter() - begin) / max(len(requests), 1)
+
+
+def _falls(config: EvaluationConfig, guarded: Mapping[str, Columns]) -> dict[str, dict[str, float | None]]:
+    """{guarded metric that falls from stage 3 to stage 4 beyond noise: its relative gain as value, low, high}; empty without an alignment too."""
+    if not {"stage3", "stage4"} <= set(guarded):
+        return {}
+    gains = falls_beyond_noise(guarded["stage4"], guarded["stage3"], samples=config.bootstrap_samples, seed=config.seed)
+    falls = {metric: {"value": gain.value, "low": gain.low, "high": gain.high} for metric, gain in gains.items()}
+    if falls:
+        logger.warning("evaluate: %s", barred_line({"stage4_falls": falls}))
+    return falls
 
 
 def _guidance_alone(config: EvaluationConfig, requests: Requests, retriever: Retriever, personalised: bool) -> dict[str, np.ndarray]:

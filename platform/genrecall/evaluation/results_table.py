@@ -94,7 +94,15 @@ def served_line(metrics: Mapping[str, Any]) -> str:
         f"{STAGE_NAMES[row]} " + ", ".join(f"{name} {_share(value) if value is not None else _ABSENT}" for name, value in one.items())
         for row, one in measured.items()
     )
-    return f"Served: {STAGE_NAMES[metrics['served']]}, by recall on the validation requests ({said})."
+    return f"Served: {STAGE_NAMES[metrics['served']]}, by recall on the validation requests ({said}). {barred_line(metrics)}".strip()
+
+
+def barred_line(metrics: Mapping[str, Any]) -> str:
+    """Which guarded metrics kept the aligned stage from being served; "" where none did."""
+    falls = [f"{metric} by {show_gain(gain)}" for metric, gain in (metrics.get("stage4_falls") or {}).items()]
+    if not falls:
+        return ""
+    return f"Not served: {STAGE_NAMES['stage4']}, because on the validation requests it falls beyond noise against stage 3: {', '.join(falls)}."
 
 
 def show(record: Record | None, *, interval: bool = False) -> str:

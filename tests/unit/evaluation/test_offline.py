@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from genrecall.evaluation.leaks import LeakError
 from genrecall.evaluation.offline import EvaluationConfig, ab_sample, evaluate
 from genrecall.evaluation.records import find, headline_metrics
 from genrecall.evaluation.results_table import results_table, row_name
+from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import load_retriever
 from genrecall.recipes import MAIN_VARIANT, VARIANTS
 from genrecall.storage import Artifact
@@ -44,6 +46,26 @@ def test_every_table_and_row_is_there(metrics: dict[str, Any]) -> None:
     assert {("semantic", "cqsid"), ("semantic", "rqvae"), ("personalised", "cqsid"), ("personalised", "rqvae"), ("personalised", "cqsid_aligned")} <= rows
     assert metrics["served"] in metrics["validation_recall"]
     assert list(metrics["validation_recall"]) == ["stage2", "stage3", "stage4"]
+    assert (metrics["served"], metrics["stage4_falls"]) == ("stage4", {})  # the same weights as stage 3
+
+
+def test_an_aligned_stage_that_harms_what_is_guarded_is_not_served(line: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(line.aligned.path, tmp_path / "aligned")
+    model = Decoder.from_pretrained(tmp_path / "aligned" / "stage4")
+    model.guidance.level_weights.data.neg_()  # what shares the fewest words comes first
+    shutil.rmtree(tmp_path / "aligned" / "stage4")
+    model.save_pretrained(tmp_path / "aligned" / "stage4")
+    harmed = Artifact(str(tmp_path / "aligned"), tmp_path / "aligned", line.aligned.manifest)
+    parts = {name: {"cqsid": getattr(line, name)["cqsid"]} for name in ("sid_indexes", "generators")}
+    made = evaluate(CONFIG, dataset=line.dataset, encoder=line.encoder, aligned=harmed, uri=str(tmp_path / "evaluation"), **parts)
+    metrics = made.json("metrics.json")
+    assert metrics["served"] != "stage4"
+    assert "clk@10" in metrics["stage4_falls"]
+    assert all(-1 <= gain["low"] <= gain["value"] <= gain["high"] < 0 for gain in metrics["stage4_falls"].values())
+    said = "Not served: stage 4 (EG-GRPO), because on the validation requests it falls beyond noise against stage 3: "
+    assert said in made.file("report.html").read_text()
+    assert said in " ".join(results_table(metrics).split())
+    assert said in caplog.text
 
 
 def test_records_have_the_agreed_fields_and_sane_intervals(metrics: dict[str, Any]) -> None:
