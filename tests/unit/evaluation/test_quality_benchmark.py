@@ -205,7 +205,9 @@ def test_channels_have_their_gains_and_their_slices_averaged_over_seeds(tables: 
             "channels.generative": {"recall@10": [0, 1, 0, 0], "missed_found@100": [NAN, 1, seed, 0]},
         }
         named = {"table": "channels", "row": "generative", "metric": "missed_found@100"}
-        slices = [named | {"slice": name, "value": value} for name, value in (("", 0.9), ("head", head), ("tail", 0.5 if seed else None), ("torso", None))]
+        found = (("", 0.9, 9), ("head", head, 2 + seed), ("tail", 0.5 if seed else None, 4 * seed), ("torso", None, 0))
+        slices = [named | {"slice": name, "value": value, "n": n} for name, value, n in found]
+        slices.append(named | {"metric": "marginal@100", "slice": "head", "value": 0.25, "n": 1200})
         folders[f"marketplace {seed} channels"] = write_evaluation(tmp_path / str(seed), rows, records=slices)
     records = collected(tables, folders, "channels")
     found = values_of(records)
@@ -216,7 +218,21 @@ def test_channels_have_their_gains_and_their_slices_averaged_over_seeds(tables: 
     assert "| generative (ours) over guidance alone (no decoder) | -50.0 %" in text
     assert found["channels", "generative", "missed_found@100"] == 0.75
     by_slice = {metric: value for (table, _, metric), value in found.items() if table == "channels_by_slice"}
-    assert by_slice == {"missed_found@100[head]": 0.5, "missed_found@100[tail]": 0.5, "missed_found@100[torso]": None}
+    assert by_slice == {
+        "missed_found@100[head]": 0.5,
+        "missed_found@100[tail]": 0.5,  # of the one seed with misses there
+        "missed_found@100[torso]": None,
+        "requests_with_misses[head]": 2.5,
+        "requests_with_misses[tail]": 2,
+        "requests_with_misses[torso]": 0,
+        "marginal@100[head]": 0.25,
+        "requests[head]": 1200,
+    }
+    assert "| slice | requests | marginal@100 | requests_with_misses | missed_found@100 |" in text
+    assert "| head | 1,200 | .250 | 2.5 | .500 |" in text
+    assert "| tail |  | n/a | 2 | .500 |" in text
+    older = tables.markdown([record for record in records if "requests" not in record["metric"]])
+    assert "| head |  | .250 |  | .500 |" in older
 
 
 def test_other_requests_name_the_cell_to_rerun(tables: ModuleType, tmp_path: Path) -> None:
