@@ -14,7 +14,8 @@ in every arm.
 
 `--tune` chooses hyperparameters, on the marketplace's validation requests alone: it aligns `eg_grpo_k2` with each of `TUNING` and says what that
 gains over stage 3. Results go to `benchmarks/results/eg_grpo.json` and `eg_grpo.md`, where tables that were not rebuilt stay as they were.
-`--collect-only` reads the measurements that are there without checking that they are current. The data set `tiny` is for trying the command only.
+`--collect-only` reads the measurements that are there without checking that they are current. A record's commit is the one that was checked out
+when the cells that measured began; where a dataset's cells and rows differ in it, all are named. The data set `tiny` is for trying the command only.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from eg_grpo_tables import ALONE, COLUMNS, OUTCOME_ROWS, START, WITHOUT, Plan
 from grid import ROOT, run_grid, run_stages, take_over
+from measurement import commit
 from paired_records import CollectionError
 
 from genrecall.config import ConfigError, Places, apply_overrides, places
@@ -177,7 +179,7 @@ class RowPipeline(Pipeline):
 
 def run_cell(cell: Cell, plan: Plan, rows: Sequence[str], where: Places) -> None:
     """Run the stages up to the ranker, then align and measure row after row; `seconds.json` has the seconds of all that was made."""
-    root = Path(where.home)
+    root, now = Path(where.home), commit()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
     recipe, home = cell.recipe(), cell.home(root)
@@ -195,13 +197,13 @@ def run_cell(cell: Cell, plan: Plan, rows: Sequence[str], where: Places) -> None
         row_line = RowPipeline(apply_overrides(recipe, changes[row]), where, name)
         if row != START:
             seconds = run_stages([(name, row_line.aligned)], line.uri, home / "seconds.json")
-        measure_once(row_line, row, plan, home / plan.measured)
+        measure_once(row_line, row, plan, home / plan.measured, now)
     for name, one in seconds.items():
         print(f"{one:9.1f} s  {name}")
 
 
-def measure_once(line: Pipeline, row: str, plan: Plan, folder: Path) -> None:
-    """Measure a row unless its files say that they are of these very artifacts; `ROW.json` is written last and makes them count."""
+def measure_once(line: Pipeline, row: str, plan: Plan, folder: Path, now: str) -> None:
+    """Measure a row unless its files say that they are of these very artifacts; `ROW.json` is written last, makes them count and has the commit `now`."""
     parts = {name: line.existing(name) for name in ("dataset", "encoder", f"{MAIN_VARIANT}/sid_index", f"{MAIN_VARIANT}/generator")}
     aligned = None if row == START else line.existing("aligned")
     made_from = {name: artifact.hash for name, artifact in parts.items()} | {"measurement": _MEASUREMENT}
@@ -214,7 +216,7 @@ def measure_once(line: Pipeline, row: str, plan: Plan, folder: Path) -> None:
     requests = measured_requests(parts["dataset"], plan.split)
     started = time.monotonic()
     columns, ranked = measure(parts, aligned, requests)
-    more = {"requests": len(requests), "measure_seconds": round(time.monotonic() - started, 1), **alignment_facts(aligned)}
+    more = {"commit": now, "requests": len(requests), "measure_seconds": round(time.monotonic() - started, 1), **alignment_facts(aligned)}
     np.savez_compressed(folder / f"{row}.npz", request_id=np.array(requests.request_ids), **columns)
     if plan is GRID and row in OUTCOME_ROWS and parts["dataset"].manifest["config"]["source"] == "marketplace":
         outcome, more["shares"] = outcome_columns(parts["dataset"], requests, ranked)

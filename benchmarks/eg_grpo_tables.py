@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measurement import commit
+from measurement import commits
 from paired_records import Columns, PairedRecords, Record, markdown_table, mean, merged, origin, require_equal, to_json
 
 from genrecall.evaluation.ab_simulation import OUTCOMES
@@ -218,13 +218,14 @@ def rebuild(plan: Plan, homes: Mapping[str, Mapping[str, Path]], commands: Mappi
     Raises:
         CollectionError: see `read_measured`.
     """
-    now, fresh, gone = commit(), list[Record](), list[tuple[str, str]]()
+    fresh, gone = list[Record](), list[tuple[str, str]]()
     for dataset, cells in homes.items():
         seen, missing = read_measured(plan, cells)
         if missing:
             print(f"left out: {dataset}, not measured: {', '.join(missing)}", file=sys.stderr)
         if seen is not None:
-            fresh += records_of(plan, seen, PairedRecords(dataset, len(cells), commands[dataset], now))
+            made_at = commits(fact.get("commit") for facts in seen.facts.values() for fact in facts)
+            fresh += records_of(plan, seen, PairedRecords(dataset, len(cells), commands[dataset], made_at))
             gone += [(dataset, table) for table in TABLES_OF[plan.name]]
     if not gone:
         return None

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +64,12 @@ def commit() -> str:
     head = git("rev-parse", "--short", "HEAD")
     changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs")
     return "unknown" if head is None else head + ("+changes" if changes else "")
+
+
+def commits(cells: Iterable[str | None]) -> str:
+    """The commits that cells say they were measured at, each once and in order; a cell that says none was measured before cells did, and counts as of now."""
+    now = commit()
+    return ", ".join(dict.fromkeys(one or now for one in cells))
 
 
 class Recorder:

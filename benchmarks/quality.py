@@ -14,7 +14,9 @@ A cell is one (dataset, seed, experiment), a process of its own with its own hom
 its own MLflow store there; its log lies beside that folder. Run the command again after an interrupt or an error: finished cells, stages
 and checkpoints are not redone. All seeds share the data and the evaluated requests; encoder, quantiser, SIDs and generator are trained anew.
 Results go to `benchmarks/results/quality.json` and `quality.md`, where tables that were not rebuilt stay as they were. `--collect-only`
-reads the evaluations that are there without checking that they are current. The data set `tiny` is for trying the command only.
+reads the evaluations that are there without checking that they are current. A record's commit is the one that its cell was evaluated at, the
+one checked out when that process began (`evaluated.json` in the cell's home); where seeds were evaluated at different ones it names them all.
+The data set `tiny` is for trying the command only.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ from pathlib import Path
 
 import quality_tables
 from grid import ROOT, copy_artifact, run_grid, run_stages, take_over
-from measurement import commit
+from measurement import commit, commits
 from paired_records import CollectionError, Record, to_json
 
 from genrecall.config import ConfigError, Places, apply_overrides, places
 from genrecall.pipeline import Pipeline, quiet_libraries
 from genrecall.recipes import RECIPES, RESIZED
+from genrecall.storage import read_manifest
 from genrecall.tracking import use_tracking
 
 DATASETS = ("marketplace", "amazon_scientific", "home_depot")
@@ -101,6 +104,16 @@ class Cell:
     def log(self, root: Path) -> Path:
         return self.home(root).with_suffix(".log")
 
+    def evaluated(self, root: Path) -> Path:
+        """Says at which commit its evaluation was made."""
+        return self.home(root) / "evaluated.json"
+
+    def evaluated_at(self, root: Path) -> str | None:
+        """The commit of the evaluation that is there; None where nothing says so."""
+        file, manifest = self.evaluated(root), read_manifest(str(self.artifact(root, "evaluation"))) or {}
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return found.get("commit") if found.get("created") == manifest.get("created") else None
+
     def variants(self) -> tuple[str, ...]:
         """The SIDs it compares: CQ-SID and RQ-VAE first, because `rqvae_resized` is sized after them."""
         return VARIANTS[self.experiment]
@@ -129,7 +142,7 @@ def grid(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence[st
 
 def run_cell(cell: Cell, where: Places) -> None:
     """Run a cell's stages one after the other and write the seconds of those that were made into `seconds.json`."""
-    root = Path(where.home)
+    root, now = Path(where.home), commit()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()
     recipe = apply_overrides(RECIPES[cell.dataset](), cell.overrides())
@@ -147,9 +160,18 @@ def run_cell(cell: Cell, where: Places) -> None:
             continue
         for name in ("quantizer", "sid_index", "generator"):
             stages.append((f"{variant}/{name}", functools.partial(getattr(pipeline, name), variant)))
-    stages += [("ranker", pipeline.ranker), ("evaluation", pipeline.evaluation)]
+    stages += [("ranker", pipeline.ranker), ("evaluation", functools.partial(evaluate, pipeline, cell.evaluated(root), now))]
     for name, one in run_stages(stages, pipeline.uri, home / "seconds.json").items():
         print(f"{one:9.1f} s  {name}")
+
+
+def evaluate(pipeline: Pipeline, file: Path, now: str) -> None:
+    """The evaluation; where it is made and not there already, `file` says of which commit it is."""
+    before = read_manifest(pipeline.uri("evaluation"))
+    pipeline.evaluation()
+    made = read_manifest(pipeline.uri("evaluation"))
+    if made is not None and made != before:
+        file.write_text(json.dumps({"commit": now, "created": made.get("created")}) + "\n")
 
 
 def resize(pipeline: Pipeline) -> None:
@@ -211,19 +233,21 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence
         CollectionError: seeds that do not belong together.
         SystemExit: there is nothing to collect.
     """
-    now, fresh, rebuilt = commit(), list[Record](), list[tuple[str, str]]()
+    fresh, rebuilt = list[Record](), list[tuple[str, str]]()
     for dataset in datasets:
         command = f"python benchmarks/quality.py --datasets {dataset}"
         command += "" if tuple(experiments) == tuple(VARIANTS) else f" --experiments {' '.join(experiments)}"
         command += "" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}"
         for experiment in dict.fromkeys(cell.experiment for cell in grid([dataset], seeds, experiments)):
-            folders = {str(cell): cell.artifact(root, "evaluation") for cell in (Cell(dataset, seed, experiment) for seed in seeds)}
+            cells = [Cell(dataset, seed, experiment) for seed in seeds]
+            folders = {str(cell): cell.artifact(root, "evaluation") for cell in cells}
             missing = [name for name, folder in folders.items() if not (folder / "metrics.json").exists()]
             if missing:
                 print(f"left out: {dataset} {experiment}, not finished: {', '.join(missing)}", file=sys.stderr)
                 continue
             seen = quality_tables.read_evaluations(folders)
-            fresh += quality_tables.Collector(dataset, seen, command, now).records(experiment)
+            made_at = commits(cell.evaluated_at(root) for cell in cells)
+            fresh += quality_tables.Collector(dataset, seen, command, made_at).records(experiment)
             rebuilt.append((dataset, experiment))
     if not rebuilt:
         raise SystemExit(f"nothing to collect under {root / 'quality'}; run without --collect-only first")

@@ -57,10 +57,11 @@ SIZE = "items_per_sid"
 CUT_ROWS = ("rqvae", "rqvae_resized", "cqsid")
 CUT = "cut1000@beam"
 BEST, NEEDED, SAVED = "best_cut1000_beam", "beam_for_best_cut1000_of_", "beam_saved_vs_"
-CHANNEL_ROWS = ("bm25", "dense", "popularity", "generative", "rrf_bm25_dense", "rrf_all")
+CHANNEL_ROWS = ("bm25", "dense", "popularity", "guidance", "generative", "rrf_bm25_dense", "rrf_all")
 RECALLS = ("recall@10", "recall@100")
 ADDED = ("marginal@100", "missed_found@100")
-CHANNEL_PAIRS = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "bm25"))
+SLICE_COUNTS = {"marginal@100": "requests", "missed_found@100": "requests_with_misses"}
+CHANNEL_PAIRS = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "bm25"), ("generative", "guidance"))
 OURS = "generative"
 MAIN = "cqsid"
 _VERSUS = re.compile(r"(?P<metric>.+)_(?P<kind>gain|misses_gone)_vs_(?P<base>.+)")
@@ -158,12 +159,13 @@ class Collector:
         return self._means("channels", f"channels{suffix}", wanted) + self._gains("channels", f"channels{suffix}", CHANNEL_PAIRS, RECALLS)
 
     def _slices(self) -> list[Record]:
-        """Means over seeds of what the evaluations say of each slice."""
+        """Means over seeds of what the evaluations say of each slice, and of how many requests: a share of misses has only those with a miss behind it."""
         by_name: dict[str, list[float | None]] = {}
         for metrics in self.seen.metrics:
             for one in metrics["records"]:
                 if one["table"] == "channels" and one["row"] == OURS and one["slice"] and one["metric"] in ADDED:
                     by_name.setdefault(f"{one['metric']}[{one['slice']}]", []).append(one["value"])
+                    by_name.setdefault(f"{SLICE_COUNTS[one['metric']]}[{one['slice']}]", []).append(one["n"])
         return [self._maker.record("channels_by_slice", OURS, name, mean(values)) for name, values in by_name.items()]
 
     def _sid_tables(self, rows: Sequence[str], suffix: str = "") -> list[Record]:
@@ -271,8 +273,10 @@ def _blocks(table: str, found: Mapping[tuple[str, str], Record]) -> list[str]:
     if table == "channels_by_slice":
         split = {metric: match.groupdict() for _, metric in found if (match := _SLICE.fullmatch(metric))}
         slices = list(dict.fromkeys(one["slice"] for one in split.values()))
-        rows = [[name, *(show(found.get((OURS, f"{metric}[{name}]"))) for metric in ADDED)] for name in slices]
-        return [markdown_table(["slice", *ADDED], rows)]
+        columns = [column for metric, count in SLICE_COUNTS.items() for column in (count, metric)]
+        cells = {(column, name): found.get((OURS, f"{column}[{name}]")) for column in columns for name in slices}
+        rows = [[name, *(show(cells[column, name]) if column in ADDED else _count(cells[column, name]) for column in columns)] for name in slices]
+        return [markdown_table(["slice", *columns], rows)]
     is_sid = not table.startswith("channels")
     order, metrics = (SID_ROWS, list(SID_METRICS)) if is_sid else (CHANNEL_ROWS, [*RECALLS, *ADDED])
     rows_there = [row for row in order if any((row, metric) in found for metric in metrics)]
@@ -321,6 +325,11 @@ def _beam_line(found: Mapping[tuple[str, str], Record], base: str) -> str:
 
 def _cells(found: Mapping[tuple[str, str], Record], row: str, metrics: Sequence[str]) -> list[str]:
     return [show(found[row, metric], interval=True) if (row, metric) in found else "" for metric in metrics]
+
+
+def _count(record: Record | None) -> str:
+    """A mean number of requests, to one place where it is not whole."""
+    return "" if record is None else f"{record['value']:,.1f}".removesuffix(".0")
 
 
 def _size(record: Record | None) -> str:

@@ -1,7 +1,8 @@
-"""Reciprocal rank fusion of recall channels, with weights tuned on validation requests for every hybrid alike.
+"""Reciprocal rank fusion of recall channels, with weights tuned on validation requests from one grid of values.
 
 Source: Cormack, Clarke & Buettcher (SIGIR 2009): score = sum over channels of w / (k + rank), k = 60, rank from 1. All channels enter
-with the same depth. Deviation: channel weights, chosen from one grid for each hybrid, so that no hybrid has a larger tuning budget.
+with the same depth. Deviation: channel weights, chosen on validation requests from one grid of values for every channel but the first. So a
+hybrid of two channels has 7 sets of weights to choose from and one of three 49: the larger hybrid is tuned more, which no test request pays for.
 
 Shapes: R requests, C channels, K depth, U <= C * K distinct candidates of a request. Rankings are [R, K] item rows, -1 padded.
 """

@@ -2,7 +2,8 @@
 
 Source: the offline protocol of CQ-SID and EG-GRPO (arXiv:2605.14434): `semantic` is the stage-2 model reading the query alone,
 `personalised` stage 3 (and stage 4, after alignment) reading the shopper too. Deviations: one search at the widest beam per variant, whose
-top N stand for beam N; item-level hits, item budgets, recall beside the site's other channels and what ours adds to them.
+top N stand for beam N; item-level hits, item budgets, recall beside the site's other channels and what ours adds to them. Where the served
+generator is guided, the channel `guidance` is its own search with the decoder silenced: what the trained decoder adds to it.
 
 Shapes: R evaluated requests, N items, B widest beam, K channel depth.
 """
@@ -30,9 +31,11 @@ from genrecall.evaluation.fusion import fuse, gather_candidates, tune_weights
 from genrecall.evaluation.leaks import check_no_leaks
 from genrecall.evaluation.records import Record, RecordMaker, Results
 from genrecall.evaluation.report import write_report
-from genrecall.evaluation.request_metrics import Tiers, channel_columns, item_lists, sid_columns
-from genrecall.evaluation.served_stage import choose_served
+from genrecall.evaluation.request_metrics import Columns, Tiers, channel_columns, item_lists, sid_columns
+from genrecall.evaluation.results_table import barred_line
+from genrecall.evaluation.served_stage import choose_served, falls_beyond_noise
 from genrecall.evaluation.slices import Sample, Slice, cold_items, request_slices, sample_requests
+from genrecall.generator.calibration import weighted_decoder
 from genrecall.generator.retriever import GeneratedSids, Retriever, load_retriever
 from genrecall.ranking.ranker import load_ranker
 from genrecall.sid.index import load_index
@@ -40,7 +43,7 @@ from genrecall.storage import Artifact, Stage
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 7
+ALGORITHM_VERSION = 8
 HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
@@ -135,7 +138,8 @@ def evaluate(
         dataset, encoder: artifacts; the encoder is also the dense channel.
         sid_indexes, generators: variant name -> artifact, the same names in both; `config.main` must be among them.
         uri: where the artifact goes.
-        aligned: stage 4 of the main variant; the `generative` channel serves the stage that finds most on the validation requests.
+        aligned: stage 4 of the main variant; the `generative` channel serves the stage that finds most on the validation requests, stage 4 only if no
+            guarded metric falls beyond noise there.
         quantizers: variant name -> artifact, for the pictures of the report.
         encoders: variant name -> the encoder it was trained with, where that is not `encoder`.
         ranker: orders the pages of the simulated A/B test where `config.ab_ranker` is "learned"; else not read.
@@ -160,13 +164,16 @@ def evaluate(
     check_no_leaks(dataset)
     stats = dataset.json("stats.json")
     data = _load(config, dataset, stats["query_kind"])
-    tiers = Tiers.of(data.requests)
+    tiers, validation_tiers = Tiers.of(data.requests), Tiers.of(data.validation)
+    main_index = load_index(sid_indexes[config.main].path)
     maker = RecordMaker(str(stats["source"]), config.bootstrap_samples, config.seed)
     lists: dict[tuple[str, str], np.ndarray] = {}
     ranked: dict[tuple[str, str], np.ndarray] = {}
     seconds: dict[str, float] = {}
     searches: dict[str, float] = {}
     on_validation: dict[str, np.ndarray] = {}
+    guarded: dict[str, Columns] = {}
+    retrievers: dict[str, tuple[Retriever, bool]] = {}
     for variant in generators:
         for table, row, retriever, personalised in _runs(config, variant, sid_indexes, generators, encoders.get(variant, encoder), aligned):
             found, elapsed = _search(retriever, data.requests, max(config.beams), personalised=personalised)
@@ -174,15 +181,19 @@ def evaluate(
             ranked[table, row] = item_lists(retriever, found, max(config.depth, *config.item_budgets))
             if variant == config.main:
                 stage_name = STAGE_OF[table, row == variant]
-                searches[stage_name] = elapsed
+                searches[stage_name], retrievers[stage_name] = elapsed, (retriever, personalised)
                 validated, _ = _search(retriever, data.validation, max(config.beams), personalised=personalised)
                 on_validation[stage_name] = item_lists(retriever, validated, config.depth)
-    served_stage, validation_recall = choose_served(on_validation, Tiers.of(data.validation).clicked, config.cuts)
+                guarded[stage_name] = sid_columns(
+                    validated.sid_rows, main_index, validation_tiers, beams=(1, 10), budgets=(10,), cut_items=config.cut_items, cut_beams=(1,)
+                )
+    falls = _falls(config, guarded)
+    served_stage, validation_recall = choose_served(on_validation, validation_tiers.clicked, config.cuts, barred=["stage4"] if falls else [])
     seconds["generative"] = searches[served_stage]
-    main_index = load_index(sid_indexes[config.main].path)
     served_table, is_supervised = next(key for key, name in STAGE_OF.items() if name == served_stage)
     served = ranked[served_table, config.main if is_supervised else f"{config.main}_{ALIGNED}"][:, : config.depth]
     rankings, weights, matches = _channels(config, data, encoder, served, on_validation[served_stage], seconds)
+    rankings |= _guidance_alone(config, data.requests, *retrievers[served_stage])
     indexes = {variant: load_index(artifact.path) for variant, artifact in sid_indexes.items()}
 
     def measure(targets: Tiers) -> Results:
@@ -220,6 +231,7 @@ def evaluate(
         "main": config.main,
         "served": served_stage,
         "validation_recall": validation_recall,
+        "stage4_falls": falls,
         "fusion_weights": weights,
         "slices": {one.name: one.about for one in slices},
         "notes": _notes(data, stats),
@@ -309,6 +321,27 @@ def _search(retriever: Retriever, requests: Requests, beam_size: int, *, persona
     return found, 1000 * (time.perf_counter() - begin) / max(len(requests), 1)
 
 
+def _falls(config: EvaluationConfig, guarded: Mapping[str, Columns]) -> dict[str, dict[str, float | None]]:
+    """{guarded metric that falls from stage 3 to stage 4 beyond noise: its relative gain as value, low, high}; empty without an alignment too."""
+    if not {"stage3", "stage4"} <= set(guarded):
+        return {}
+    gains = falls_beyond_noise(guarded["stage4"], guarded["stage3"], samples=config.bootstrap_samples, seed=config.seed)
+    falls = {metric: {"value": gain.value, "low": gain.low, "high": gain.high} for metric, gain in gains.items()}
+    if falls:
+        logger.warning("evaluate: %s", barred_line({"stage4_falls": falls}))
+    return falls
+
+
+def _guidance_alone(config: EvaluationConfig, requests: Requests, retriever: Retriever, personalised: bool) -> dict[str, np.ndarray]:
+    """The served generator's ranking with its decoder's logits at 0, int32 [R, K] as `guidance`: the encoder and the query's words alone, under the level
+    weights that were trained beside the decoder. Nothing where the generator is not guided."""
+    if retriever.model.guidance is None:
+        return {}
+    with weighted_decoder(retriever.model, 0.0):
+        found, _ = _search(retriever, requests, max(config.beams), personalised=personalised)
+        return {"guidance": item_lists(retriever, found, config.depth)}
+
+
 def _channels(
     config: EvaluationConfig, data: Loaded, encoder: Artifact, served: np.ndarray, on_validation: np.ndarray, seconds: dict[str, float]
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]], np.ndarray]:
@@ -349,7 +382,7 @@ def _gain_pairs(config: EvaluationConfig, results: Results) -> list[tuple[str, s
         pairs += [(table, row, "rqvae") for row in rows if row != "rqvae"]
         pairs += [(table, config.main, row) for row in rows if row not in (config.main, "rqvae") and not row.endswith(f"_{ALIGNED}")]
         pairs.append((table, f"{config.main}_{ALIGNED}", config.main))
-    channels = [("generative", "bm25"), ("generative", "dense"), ("generative", "popularity"), ("rrf_all", "rrf_bm25_dense"), ("rrf_all", "bm25")]
+    channels = [("generative", base) for base in ("bm25", "dense", "popularity", "guidance")] + [("rrf_all", base) for base in ("rrf_bm25_dense", "bm25")]
     return pairs + [("channels", row, base) for row, base in channels]
 
 

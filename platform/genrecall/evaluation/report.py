@@ -26,6 +26,7 @@ from genrecall.evaluation.results_table import (
     meaning,
     row_name,
     rows_of,
+    served_line,
     show,
     variant_metrics,
 )
@@ -74,6 +75,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margi
 </style></head><body><main>
 <header><h1>Evaluation: {{ dataset }}</h1><div class="about">{{ summary }}</div></header>
 <p class="verdict">{{ meaning }}</p>
+{% if served %}<p>{{ served }}</p>{% endif %}
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
 {% if section.about %}<p class="about">{{ section.about }}</p>{% endif %}
@@ -120,6 +122,7 @@ def write_report(
         summary=f"{counts['headline_requests']:,} of {counts['test_requests']:,} test requests · {counts['items']:,} items · "
         f"split {metrics['split'].replace('_', ' ')} · {metrics['query_kind']} queries · served: {STAGE_NAMES[metrics['served']]}",
         meaning=meaning(metrics),
+        served=served_line(metrics),
         sections=[section for section in sections if section["rows"] or section["images"] or section["numbers"]],
         notes=[*metrics["notes"], "Means are over requests with a target of the tier; n/a where the data set has none.", *weights],
         parts=list(metrics["parts"].items()),

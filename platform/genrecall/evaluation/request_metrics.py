@@ -107,7 +107,7 @@ def invalid_share(sid_rows: np.ndarray, num_sids: int) -> np.ndarray:
     ordered = np.sort(sid_rows, axis=1)
     given = (ordered != -1).sum(axis=1)
     wrong = ((ordered < -1) | (ordered >= num_sids)).sum(axis=1)
-    wrong = wrong + ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).sum(axis=1)
+    wrong = wrong + ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0) & (ordered[:, 1:] < num_sids)).sum(axis=1)
     return np.asarray(np.divide(wrong, given, out=np.full(len(sid_rows), np.nan), where=given > 0))
 
 

@@ -12,6 +12,7 @@ CHANNEL_NAMES = {
     "bm25": "BM25",
     "dense": "dense two-tower",
     "popularity": "popularity",
+    "guidance": "guidance alone (no decoder)",
     "generative": "generative (ours)",
     "rrf_bm25_dense": "RRF of BM25 + dense",
     "rrf_all": "RRF of BM25 + dense + generative",
@@ -93,7 +94,15 @@ def served_line(metrics: Mapping[str, Any]) -> str:
         f"{STAGE_NAMES[row]} " + ", ".join(f"{name} {_share(value) if value is not None else _ABSENT}" for name, value in one.items())
         for row, one in measured.items()
     )
-    return f"Served: {STAGE_NAMES[metrics['served']]}, by recall on the validation requests ({said})."
+    return f"Served: {STAGE_NAMES[metrics['served']]}, by recall on the validation requests ({said}). {barred_line(metrics)}".strip()
+
+
+def barred_line(metrics: Mapping[str, Any]) -> str:
+    """Which guarded metrics kept the aligned stage from being served; "" where none did."""
+    falls = [f"{metric} by {show_gain(gain)}" for metric, gain in (metrics.get("stage4_falls") or {}).items()]
+    if not falls:
+        return ""
+    return f"Not served: {STAGE_NAMES['stage4']}, because on the validation requests it falls beyond noise against stage 3: {', '.join(falls)}."
 
 
 def show(record: Record | None, *, interval: bool = False) -> str:
@@ -134,7 +143,8 @@ def meaning(metrics: Mapping[str, Any]) -> str:
 def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[Record]]]:
     """The gains worth showing: (table, row, base, records)."""
     recalls, variants = channel_metrics(metrics)[:2], variant_metrics(metrics)
-    wanted = [("channels", "rrf_all", "rrf_bm25_dense", recalls), ("channels", "generative", "dense", recalls)]
+    channels = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "guidance"))
+    wanted = [("channels", row, base, recalls) for row, base in channels]
     main = metrics["main"]
     for table in ("semantic", "personalised"):
         wanted.append((table, main, "rqvae", [*variants[:3], variants[-1]]))

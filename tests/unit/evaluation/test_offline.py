@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from genrecall.evaluation.leaks import LeakError
 from genrecall.evaluation.offline import EvaluationConfig, ab_sample, evaluate
 from genrecall.evaluation.records import find, headline_metrics
 from genrecall.evaluation.results_table import results_table, row_name
+from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import load_retriever
 from genrecall.recipes import MAIN_VARIANT, VARIANTS
 from genrecall.storage import Artifact
@@ -39,11 +41,31 @@ def metrics(evaluation: Artifact) -> dict[str, Any]:
 
 def test_every_table_and_row_is_there(metrics: dict[str, Any]) -> None:
     rows = {(record["table"], record["row"]) for record in metrics["records"]}
-    channels = {"bm25", "dense", "popularity", "generative", "rrf_bm25_dense", "rrf_all"}
+    channels = {"bm25", "dense", "popularity", "guidance", "generative", "rrf_bm25_dense", "rrf_all"}
     assert {("channels", row) for row in channels} <= rows
     assert {("semantic", "cqsid"), ("semantic", "rqvae"), ("personalised", "cqsid"), ("personalised", "rqvae"), ("personalised", "cqsid_aligned")} <= rows
     assert metrics["served"] in metrics["validation_recall"]
     assert list(metrics["validation_recall"]) == ["stage2", "stage3", "stage4"]
+    assert (metrics["served"], metrics["stage4_falls"]) == ("stage4", {})  # the same weights as stage 3
+
+
+def test_an_aligned_stage_that_harms_what_is_guarded_is_not_served(line: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(line.aligned.path, tmp_path / "aligned")
+    model = Decoder.from_pretrained(tmp_path / "aligned" / "stage4")
+    model.guidance.level_weights.data.neg_()  # what shares the fewest words comes first
+    shutil.rmtree(tmp_path / "aligned" / "stage4")
+    model.save_pretrained(tmp_path / "aligned" / "stage4")
+    harmed = Artifact(str(tmp_path / "aligned"), tmp_path / "aligned", line.aligned.manifest)
+    parts = {name: {"cqsid": getattr(line, name)["cqsid"]} for name in ("sid_indexes", "generators")}
+    made = evaluate(CONFIG, dataset=line.dataset, encoder=line.encoder, aligned=harmed, uri=str(tmp_path / "evaluation"), **parts)
+    metrics = made.json("metrics.json")
+    assert metrics["served"] != "stage4"
+    assert "clk@10" in metrics["stage4_falls"]
+    assert all(-1 <= gain["low"] <= gain["value"] <= gain["high"] < 0 for gain in metrics["stage4_falls"].values())
+    said = "Not served: stage 4 (EG-GRPO), because on the validation requests it falls beyond noise against stage 3: "
+    assert said in made.file("report.html").read_text()
+    assert said in " ".join(results_table(metrics).split())
+    assert said in caplog.text
 
 
 def test_records_have_the_agreed_fields_and_sane_intervals(metrics: dict[str, Any]) -> None:
@@ -97,6 +119,30 @@ def test_a_guided_row_counts_items_in_the_order_they_are_served_in(line: Any, ev
         assert measured[request_id] == pytest.approx(np.isin(clicked, items).mean())
 
 
+def test_guidance_row_is_the_served_search_with_a_decoder_that_says_nothing(line: Any, evaluation: Artifact, metrics: dict[str, Any]) -> None:
+    folder = {"stage4": line.aligned.path}.get(metrics["served"], line.generators["cqsid"].path) / metrics["served"]
+    places = {"sid_index": line.sid_indexes["cqsid"].path, "encoder": line.encoder.path}
+    silent = load_retriever(generator_folder=line.generators["cqsid"].path, stage=folder.absolute(), support="trie", **places)
+    silent.model.norm.weight.data.zero_()
+    requests, rankings = load_requests(line.dataset, "test", load_catalog(line.dataset)), np.load(evaluation.file("per_request/rankings.npz"))
+    place = {name: row for row, name in enumerate(requests.request_ids)}
+    rows = [place[name] for name in np.load(evaluation.file("per_request/requests.npz"))["request_id"].tolist()]
+    personalised = metrics["served"] != "stage2"
+    asked = requests.take(rows)
+    answers = silent.recall(asked.queries, asked.genders, asked.age_bands, asked.history, beam_size=10, limit=20, personalised=personalised)
+    expected = [np.pad(one.item_rows, (0, 20 - len(one.item_rows)), constant_values=-1).tolist() for one in answers]
+    assert rankings["guidance"].tolist() == expected
+    assert rankings["generative"].tolist() != expected  # the decoder is whole again in what is measured of it
+    assert find(metrics, "channels", "generative", "recall@10_gain_vs_guidance") is not None
+
+
+def test_an_unguided_generator_has_no_guidance_row(line: Any, tmp_path: Path) -> None:
+    parts = {"sid_indexes": {"rqvae": line.sid_indexes["rqvae"]}, "generators": {"rqvae": line.generators["rqvae"]}}
+    made = evaluate(apply_overrides(CONFIG, ["main=rqvae"]), dataset=line.dataset, encoder=line.encoder, uri=str(tmp_path / "evaluation"), **parts)
+    assert {record["row"] for record in made.json("metrics.json")["records"] if record["table"] == "channels"} >= {"generative", "rrf_all"}
+    assert not [record for record in made.json("metrics.json")["records"] if "guidance" in record["row"] + record["metric"]]
+
+
 def test_same_inputs_are_not_evaluated_twice(line: Any, evaluation: Artifact) -> None:
     parts = {"dataset": line.dataset, "encoder": line.encoder, "sid_indexes": line.sid_indexes, "generators": line.generators, "aligned": line.aligned}
     again = evaluate(CONFIG, uri=evaluation.uri, **parts)
@@ -110,7 +156,7 @@ def test_lineage_names_the_main_variant_plainly(evaluation: Artifact) -> None:
 def test_table_and_report_show_the_results(evaluation: Artifact, metrics: dict[str, Any]) -> None:
     text = results_table(metrics)
     assert max(map(len, text.splitlines())) <= 120
-    for part in ("BM25", "generative (ours)", "RQ-VAE", "CQ-SID + EG-GRPO", "What it means:"):
+    for part in ("BM25", "generative (ours)", "generative (ours) over guidance alone (no decoder)", "RQ-VAE", "CQ-SID + EG-GRPO", "What it means:"):
         assert part in text
     page = evaluation.file("report.html").read_text()
     assert "<script" not in page

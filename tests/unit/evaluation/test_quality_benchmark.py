@@ -45,7 +45,7 @@ def write_evaluation(
     query_kind: str = "real",
 ) -> Path:
     """An evaluation of four requests, the first three of them headline, the last two a uniform sample; `rows` is `table.row` -> metric -> values."""
-    (folder / "per_request").mkdir(parents=True)
+    (folder / "per_request").mkdir(parents=True, exist_ok=True)
     masks = {"primary": np.array([True, True, True, False]), "uniform": np.array([False, False, True, True])}
     np.savez(folder / "per_request" / "requests.npz", request_id=np.array(ids), **masks)
     np.savez(folder / "per_request" / "sid_lists.npz", **{"semantic.cqsid": np.zeros((4, 2), dtype=np.int32)})
@@ -201,16 +201,38 @@ def test_channels_have_their_gains_and_their_slices_averaged_over_seeds(tables: 
         rows = {
             "channels.rrf_bm25_dense": {"recall@10": [1, 0, 1, 0]},
             "channels.rrf_all": {"recall@10": [1, 1, 1, 0]},
+            "channels.guidance": {"recall@10": [1, 1, 0, 1]},
             "channels.generative": {"recall@10": [0, 1, 0, 0], "missed_found@100": [NAN, 1, seed, 0]},
         }
         named = {"table": "channels", "row": "generative", "metric": "missed_found@100"}
-        slices = [named | {"slice": name, "value": value} for name, value in (("", 0.9), ("head", head), ("tail", 0.5 if seed else None), ("torso", None))]
+        found = (("", 0.9, 9), ("head", head, 2 + seed), ("tail", 0.5 if seed else None, 4 * seed), ("torso", None, 0))
+        slices = [named | {"slice": name, "value": value, "n": n} for name, value, n in found]
+        slices.append(named | {"metric": "marginal@100", "slice": "head", "value": 0.25, "n": 1200})
         folders[f"marketplace {seed} channels"] = write_evaluation(tmp_path / str(seed), rows, records=slices)
-    found = values_of(collected(tables, folders, "channels"))
+    records = collected(tables, folders, "channels")
+    found = values_of(records)
     assert found["channels", "rrf_all", "recall@10_gain_vs_rrf_bm25_dense"] == 0.5
+    assert found["channels", "generative", "recall@10_gain_vs_guidance"] == -0.5  # 1 of 3 headline requests after 2 of 3
+    text = tables.markdown(records)
+    assert "| guidance alone (no decoder) | .667 (" in text
+    assert "| generative (ours) over guidance alone (no decoder) | -50.0 %" in text
     assert found["channels", "generative", "missed_found@100"] == 0.75
     by_slice = {metric: value for (table, _, metric), value in found.items() if table == "channels_by_slice"}
-    assert by_slice == {"missed_found@100[head]": 0.5, "missed_found@100[tail]": 0.5, "missed_found@100[torso]": None}
+    assert by_slice == {
+        "missed_found@100[head]": 0.5,
+        "missed_found@100[tail]": 0.5,  # of the one seed with misses there
+        "missed_found@100[torso]": None,
+        "requests_with_misses[head]": 2.5,
+        "requests_with_misses[tail]": 2,
+        "requests_with_misses[torso]": 0,
+        "marginal@100[head]": 0.25,
+        "requests[head]": 1200,
+    }
+    assert "| slice | requests | marginal@100 | requests_with_misses | missed_found@100 |" in text
+    assert "| head | 1,200 | .250 | 2.5 | .500 |" in text
+    assert "| tail |  | n/a | 2 | .500 |" in text
+    older = tables.markdown([record for record in records if "requests" not in record["metric"]])
+    assert "| head |  | .250 |  | .500 |" in older
 
 
 def test_other_requests_name_the_cell_to_rerun(tables: ModuleType, tmp_path: Path) -> None:
@@ -311,6 +333,37 @@ def test_cell_runs_its_stages_in_order_and_times_only_what_it_made(quality: Modu
     file.write_text('{"encoder": 12.5}')
     quality.run_cell(cell, where)
     assert json.loads(file.read_text()) == {"encoder": 12.5}
+
+
+def test_records_name_the_commits_that_evaluated_and_not_the_one_that_collects(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "Pipeline", PretendPipeline)
+    monkeypatch.setattr(quality, "use_tracking", lambda where: None)
+    where, cells = (
+        Places(home=str(tmp_path), data="/nowhere", tracking_uri="sqlite:///nowhere.db"),
+        [quality.Cell("marketplace", seed, "sids") for seed in (0, 1)],
+    )
+    monkeypatch.setattr(quality, "resize", lambda pipeline: None)
+
+    def at(commit: str) -> None:
+        monkeypatch.setattr(quality, "commit", lambda: commit)
+        monkeypatch.setattr(sys.modules["measurement"], "commit", lambda: commit)
+
+    def collected_at() -> set[str]:
+        quality.collect(["marketplace"], [0, 1], ["sids"], tmp_path, tmp_path / "results")
+        return {record["commit"] for record in json.loads((tmp_path / "results" / "quality.json").read_text())}
+
+    for number, cell in enumerate(cells):
+        at(f"{number}+changes")
+        quality.run_cell(cell, where)
+        sid_evaluation(cell.artifact(tmp_path, "evaluation"), rqvae=[1, 0, 1, 0], cqsid=[1, 1, 1, 0])
+    at("2")
+    quality.run_cell(cells[0], where)  # makes nothing
+    assert collected_at() == {"0+changes, 1+changes"}
+    # An evaluation that the file is not about, and one without a file, are as before: of the commit now.
+    (cells[0].artifact(tmp_path, "evaluation") / "manifest.json").write_text('{"format_version": 1, "created": "later"}')
+    assert collected_at() == {"2, 1+changes"}
+    cells[1].evaluated(tmp_path).unlink()
+    assert collected_at() == {"2"}
 
 
 def test_resized_books_are_fitted_after_both_sizes_are_known_and_before_their_generator(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from genrecall.evaluation.metrics import Targets
-from genrecall.evaluation.request_metrics import Tiers, item_lists, sid_columns
+from genrecall.evaluation.request_metrics import Tiers, invalid_share, item_lists, sid_columns
 from genrecall.generator.retriever import GeneratedSids
 from genrecall.sid.index import SidIndex
 
@@ -38,6 +38,29 @@ def test_a_ranking_of_items_says_what_is_within_the_budget_and_nothing_else() ->
     assert [columns[f"hit@items{budget}"].tolist() for budget in (1, 2, 4)] == [[0.5, 0], [0.5, 0], [1, 0]]
     for name in plain.keys() - {"hit@items1", "hit@items2", "hit@items4"}:
         np.testing.assert_array_equal(columns[name], plain[name])
+
+
+def test_invalid_are_sids_that_do_not_exist_or_repeat_an_earlier_one() -> None:
+    sid_rows = np.array(
+        [
+            [0, 1, 2, -1],  # three that are right, the rest is padding
+            [2, 0, 2, 2],  # SID 2 comes twice too often
+            [0, 3, 1, -1],  # there are SIDs 0 to 2
+            [7, 7, -2, 1],  # one that does not exist is wrong once each time, whether it repeats or not
+            [-1, -1, -1, -1],
+        ],
+        dtype=np.int32,
+    )
+    assert invalid_share(sid_rows, 3).tolist() == pytest.approx([0, 2 / 4, 1 / 3, 3 / 4, np.nan], nan_ok=True)
+    repeated = sid_columns(np.array([[1, 1], [2, -1]], dtype=np.int32), INDEX, clicks([4], [0]), **SHAPE)
+    assert repeated["invalid@2"].tolist() == [0.5, 0]
+
+
+def test_items_at_n_is_the_size_of_what_the_first_sids_hold() -> None:
+    # SID 1 holds two items and SID 0 three; request 1 has SID 2 alone.
+    columns = sid_columns(SIDS, INDEX, clicks([4, 0], [0]), **SHAPE)
+    assert columns["items@1"].tolist() == [2, 2]
+    assert columns["items@2"].tolist() == [5, 2]
 
 
 def test_item_lists_are_the_retrievers_answers_padded() -> None:

@@ -195,6 +195,14 @@ def test_row_is_measured_again_where_its_artifacts_changed_or_its_file_was_left_
     assert run() == ["stage3", "grpo_k0", "eg_grpo_k2"]
 
 
+def test_rows_say_at_which_commit_they_were_measured(bench: ModuleType, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commit, rows in (("a1b2c3d", ["stage3"]), ("d4e5f6a+changes", ["stage3", "grpo_k0"])):
+        monkeypatch.setattr(bench, "commit", lambda commit=commit: commit)
+        run(rows)
+    measured = tmp_path / "eg_grpo/marketplace/seed0/measured"
+    assert {path.stem: json.loads(path.read_text())["commit"] for path in measured.glob("*.json")} == {"stage3": "a1b2c3d", "grpo_k0": "d4e5f6a+changes"}
+
+
 def test_tuning_leaves_the_grids_files_alone(bench: ModuleType, run: Any, tmp_path: Path) -> None:
     run()
     row = "plain_rate0.0002_60x48"
@@ -364,8 +372,8 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
         bench.collect(bench.GRID, ["marketplace"], [0], home, output)
     for seed in (0, 1):
         cell = bench.Cell("marketplace", seed).home(home)
-        write_row(cell, "stage3", [1, 0, 1])
-        write_row(cell, "grpo_k0", [1, 1, 1], **ALIGNED)
+        write_row(cell, "stage3", [1, 0, 1], commit="a1b2c3d")
+        write_row(cell, "grpo_k0", [1, 1, 1], commit="d4e5f6a" if seed else "a1b2c3d", **ALIGNED)
     write_row(bench.Cell("marketplace", 0).home(home), "eg_grpo_k2", [1, 1, 1], **ALIGNED)
     kept = [
         {"table": "other", "row": "packed", "metric": "speedup", "value": 9.5},  # another benchmark's
@@ -380,6 +388,7 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
     records = json.loads((output / "eg_grpo.json").read_text())
     assert [record for record in records if record.get("dataset") != "marketplace"] == kept
     assert {record["row"] for record in records if record.get("dataset") == "marketplace"} == {"all", "stage3", "grpo_k0"}
+    assert {record["commit"] for record in records if record.get("dataset") == "marketplace"} == {"a1b2c3d, d4e5f6a"}
     assert {record["command"] for record in records if record.get("dataset") == "marketplace"} == {
         "python benchmarks/eg_grpo.py --datasets marketplace --seeds 0 1"
     }
