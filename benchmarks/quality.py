@@ -9,6 +9,7 @@ Experiments:
   the query as text alone. With features that clicks have aligned already, RQ-VAE has much of what CQ-SID's constraints bring.
 - large: the same setting among the large marketplace's 100,000 items: how many SIDs must be written so that, of what they hold, the 1,000 items
   of highest prior have the most targets; CQ-SID against RQ-VAE, also with clusters as large on average.
+- large_paper: `large` with the paper's codebooks, 2048 x 1024 x 1024, trained on a GPU; only where --experiments names it.
 
 A cell is one (dataset, seed, experiment), a process of its own with its own home `GENRECALL_HOME/quality/DATASET/seedK/EXPERIMENT/` and
 its own MLflow store there; its log lies beside that folder. Run the command again after an interrupt or an error: finished cells, stages
@@ -47,8 +48,20 @@ from genrecall.tracking import use_tracking
 DATASETS = ("marketplace", "amazon_scientific", "home_depot")
 SEEDS = (0, 1, 2)
 SID_VARIANTS = ("cqsid", "rqvae", "rqvae_resized", "cqsid_without_category", "cqsid_without_query", "rqkmeans")
-VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS, "large": ("cqsid", "rqvae", "rqvae_resized")}
+_LARGE_VARIANTS = ("cqsid", "rqvae", "rqvae_resized")
+VARIANTS = {"channels": ("cqsid",), "sids": SID_VARIANTS, "large": _LARGE_VARIANTS, "large_paper": _LARGE_VARIANTS}
+EXPERIMENTS = ("channels", "sids", "large")
+"""Those that are run by default: two cores are enough for them."""
 PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
+_LARGE = (
+    "data.marketplace_size=large",
+    "quantizer.gamma=0.2",
+    "generator.stage1.steps=400",
+    "generator.stage2.steps=800",
+    "generator.stage3.steps=200",
+    "evaluation.beams=[1,10,100,320]",
+    "evaluation.cut_beams=[20,40,60,80,100,120,140,160,180,200,240,280,320]",
+)
 TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sids": {
         "marketplace": (
@@ -62,18 +75,8 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "amazon_scientific": ("quantizer.level_sizes=[256,8,8]", "generator.stage1.steps=200", "generator.stage2.steps=500", "generator.stage3.steps=150"),
         "tiny": ("generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
     },
-    "large": {
-        "marketplace": (
-            "data.marketplace_size=large",
-            "quantizer.level_sizes=[256,8,8]",
-            "quantizer.gamma=0.2",
-            "generator.stage1.steps=400",
-            "generator.stage2.steps=800",
-            "generator.stage3.steps=200",
-            "evaluation.beams=[1,10,100,320]",
-            "evaluation.cut_beams=[20,40,60,80,100,120,140,160,180,200,240,280,320]",
-        ),
-    },
+    "large": {"marketplace": ("quantizer.level_sizes=[256,8,8]", *_LARGE)},
+    "large_paper": {"marketplace": ("quantizer.level_sizes=[2048,1024,1024]", "train.use_gpu=true", *_LARGE)},
 }
 """Where SIDs are compared: among the medium marketplace's 20,000 items (the small one's 2,000 leave RQ-VAE nothing to miss), after shorter training, since
 these generators are only compared with each other. Not on Home Depot: without categories CQ-SID has the query constraint alone, so one ablation would be
@@ -134,7 +137,7 @@ class Cell:
         return [] if self == first else [(first, "dataset")]
 
 
-def grid(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence[str] = tuple(VARIANTS)) -> list[Cell]:
+def grid(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence[str] = EXPERIMENTS) -> list[Cell]:
     """All cells, one seed of every data set before the next seed."""
     cells = [Cell(dataset, seed, experiment) for seed in seeds for dataset in datasets for experiment in VARIANTS if experiment in experiments]
     return [cell for cell in cells if cell.experiment == "channels" or cell.dataset in TASKS[cell.experiment]]
@@ -236,7 +239,7 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence
     fresh, rebuilt = list[Record](), list[tuple[str, str]]()
     for dataset in datasets:
         command = f"python benchmarks/quality.py --datasets {dataset}"
-        command += "" if tuple(experiments) == tuple(VARIANTS) else f" --experiments {' '.join(experiments)}"
+        command += "" if tuple(experiments) == EXPERIMENTS else f" --experiments {' '.join(experiments)}"
         command += "" if tuple(seeds) == SEEDS else f" --seeds {' '.join(map(str, seeds))}"
         for experiment in dict.fromkeys(cell.experiment for cell in grid([dataset], seeds, experiments)):
             cells = [Cell(dataset, seed, experiment) for seed in seeds]
@@ -264,7 +267,7 @@ def collect(datasets: Sequence[str], seeds: Sequence[int], experiments: Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS), choices=(*DATASETS, "tiny"))
-    parser.add_argument("--experiments", nargs="+", default=list(VARIANTS), choices=tuple(VARIANTS))
+    parser.add_argument("--experiments", nargs="+", default=list(EXPERIMENTS), choices=tuple(VARIANTS), help=f"default: {' '.join(EXPERIMENTS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time (default: 2)")
     parser.add_argument("--collect-only", action="store_true", help="make the tables from the evaluations that are there")

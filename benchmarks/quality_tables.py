@@ -29,6 +29,7 @@ TABLES_OF = {
     "channels": ("channels", "channels_all_queries", "channels_by_slice", "semantic_guided", "personalised_guided"),
     "sids": ("semantic", "semantic_all_queries", "personalised", "personalised_all_queries"),
     "large": ("semantic_large", "personalised_large"),
+    "large_paper": ("semantic_large_paper", "personalised_large_paper"),
 }
 """The tables that each experiment fills."""
 TITLES = {
@@ -43,6 +44,8 @@ TITLES = {
     "personalised_all_queries": "SIDs compared under the paper's generator, query and shopper, all queries",
     "semantic_large": "Items against SIDs written, 100,000 items, query alone",
     "personalised_large": "Items against SIDs written, 100,000 items, query and shopper",
+    "semantic_large_paper": "Items against SIDs written, 100,000 items, the paper's codebooks, query alone",
+    "personalised_large_paper": "Items against SIDs written, 100,000 items, the paper's codebooks, query and shopper",
 }
 REQUESTS_NOTE = (
     "Headline tables hold the test requests whose query is unseen in training and free of its targets' category words; "
@@ -148,10 +151,9 @@ class Collector:
         if experiment == "channels":
             found = self._channels() + self._slices() + self._sid_tables((MAIN,), "_guided")
             return found + ([] if everything is None else everything._channels(ALL_QUERIES))
-        if experiment == "large":
-            return self._sid_tables(SID_ROWS, "_large") + [
-                record for source in ("semantic", "personalised") for record in self._beams(source, f"{source}_large")
-            ]
+        if experiment.startswith("large"):
+            beams = [record for source in ("semantic", "personalised") for record in self._beams(source, f"{source}_{experiment}")]
+            return self._sid_tables(SID_ROWS, f"_{experiment}") + beams
         return self._sid_tables(SID_ROWS) + ([] if everything is None else everything._sid_tables(SID_ROWS, ALL_QUERIES))
 
     def _channels(self, suffix: str = "") -> list[Record]:

@@ -256,10 +256,10 @@ def test_missing_row_names_the_cell_to_rerun(tables: ModuleType, tmp_path: Path)
 def test_collecting_rewrites_only_the_tables_that_were_rebuilt(quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home, output = tmp_path / "home", tmp_path / "results"
     with pytest.raises(SystemExit, match="nothing to collect under"):
-        quality.collect(["marketplace"], [0], tuple(quality.VARIANTS), home, output)
+        quality.collect(["marketplace"], [0], quality.EXPERIMENTS, home, output)
     for dataset in ("marketplace", "amazon_scientific"):
         sid_evaluation(quality.Cell(dataset, 0, "sids").artifact(home, "evaluation"), rqvae=[1, 0, 1, 0], cqsid=[1, 1, 1, 0])
-    quality.collect(["marketplace", "amazon_scientific"], [0], tuple(quality.VARIANTS), home, output)
+    quality.collect(["marketplace", "amazon_scientific"], [0], quality.EXPERIMENTS, home, output)
     records = json.loads((output / "quality.json").read_text())
     assert "left out: marketplace channels, not finished: marketplace 0 channels" in capsys.readouterr().err
     commands = {record["command"] for record in records if record["dataset"] == "amazon_scientific"}
@@ -270,7 +270,7 @@ def test_collecting_rewrites_only_the_tables_that_were_rebuilt(quality: ModuleTy
 
     kept = [record | {"commit": "0ld"} if record["dataset"] == "amazon_scientific" else record for record in records]
     (output / "quality.json").write_text(json.dumps([*kept, records[0] | {"dataset": "marketplace", "metric": "no longer measured"}]))
-    quality.collect(["marketplace"], [0], tuple(quality.VARIANTS), home, output)
+    quality.collect(["marketplace"], [0], quality.EXPERIMENTS, home, output)
     assert json.loads((output / "quality.json").read_text()) == kept
     quality.collect(["marketplace"], [0], ["sids"], home, output)
     commands = {record["command"] for record in json.loads((output / "quality.json").read_text()) if record["dataset"] == "marketplace"}
@@ -278,7 +278,7 @@ def test_collecting_rewrites_only_the_tables_that_were_rebuilt(quality: ModuleTy
 
 
 def test_every_cell_is_a_valid_recipe_whose_seeds_share_data_and_requests(quality: ModuleType) -> None:
-    for cell in quality.grid(quality.DATASETS, [0, 7]):
+    for cell in quality.grid(quality.DATASETS, [0, 7], tuple(quality.VARIANTS)):
         recipe, changed = RECIPES[cell.dataset](), apply_overrides(RECIPES[cell.dataset](), cell.overrides())
         assert {part.seed for part in (changed.encoder, changed.quantizer, changed.sid, changed.generator)} == {cell.seed}
         assert (changed.evaluation.seed, changed.ranker) == (recipe.evaluation.seed, recipe.ranker)
@@ -294,6 +294,19 @@ def test_sids_are_compared_only_where_there_are_categories(quality: ModuleType) 
     channels = {"marketplace 0 channels", "amazon_scientific 0 channels", "home_depot 0 channels"}
     assert cells == channels | {"marketplace 0 sids", "amazon_scientific 0 sids", "marketplace 0 large"}
     assert [str(cell) for cell in quality.grid(quality.DATASETS, [0, 1], ["large"])] == ["marketplace 0 large", "marketplace 1 large"]
+
+
+def test_the_papers_codebooks_are_the_large_experiment_on_a_gpu_and_run_only_when_asked_for(quality: ModuleType, tables: ModuleType, tmp_path: Path) -> None:
+    [cell] = quality.grid(quality.DATASETS, [0], ["large_paper"])
+    paper, large = (apply_overrides(RECIPES["marketplace"](), one.overrides()) for one in (cell, quality.Cell("marketplace", 0, "large")))
+    assert paper.quantizer.level_sizes == RECIPES["paper"]().quantizer.level_sizes
+    assert replace(paper, quantizer=large.quantizer, train=replace(paper.train, use_gpu=False)) == large
+    assert replace(paper.quantizer, level_sizes=large.quantizer.level_sizes) == large.quantizer
+    columns = {"cut1000@beam10": [1, 0, 0, 0], "cut1000@beam20": [1, 1, 0, 0]}
+    folder = write_evaluation(tmp_path / "0", {f"semantic.{row}": columns for row in ("rqvae", "cqsid")})
+    records = collected(tables, {"marketplace 0 large_paper": folder}, "large_paper")
+    assert {record["table"] for record in records} == {"semantic_large_paper"} <= set(tables.TABLES_OF["large_paper"])
+    assert "the paper's codebooks, query alone" in tables.markdown(records)
 
 
 class PretendPipeline:
@@ -574,4 +587,4 @@ def test_interrupted_grid_ends_the_cells_that_it_started(quality: ModuleType, tm
 def test_unknown_cell_is_refused(quality: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--cell", "marketplace", "first", "sids"])
-    assert "--cell: expected a data set, a seed and one of channels, sids, large, got marketplace first sids" in capsys.readouterr().err
+    assert "--cell: expected a data set, a seed and one of channels, sids, large, large_paper, got marketplace first sids" in capsys.readouterr().err
