@@ -180,7 +180,7 @@ def evaluate(pipeline: Pipeline, file: Path, now: str) -> None:
 def resize(pipeline: Pipeline) -> None:
     """Fit `rqvae_resized`: RQ-VAE with its later books resized until its clusters are on average as large as CQ-SID's, within 5 % or as near as it gets.
 
-    A try that comes no nearer is the last. `rqvae_resized/tried.json` remembers them all, so that running the cell again fits none again.
+    A try that comes no nearer is the last but for the books between it and the one before. `rqvae_resized/tried.json` remembers them all, so that running the cell again fits none again.
     """
 
     def mean_size(variant: str) -> float:
@@ -195,6 +195,14 @@ def resize(pipeline: Pipeline) -> None:
     known: dict[str, float] = saved["sizes"] if saved.get("made_from") == made_from else {}
     wanted, levels = mean_size("cqsid"), pipeline.recipe.quantizer.level_sizes
     tried = {levels: mean_size("rqvae")}
+
+    def fit(levels: tuple[int, int, int]) -> None:
+        if str(levels) not in known:
+            _fit_resized(pipeline, levels)
+            known[str(levels)] = mean_size(RESIZED)
+            file.write_text(json.dumps({"made_from": made_from, "sizes": known}) + "\n")
+        tried[levels] = known[str(levels)]
+
     while error(levels) > SIZE_TOLERANCE and len(tried) < RESIZE_TRIES:
         ratio, before = tried[levels] / wanted, levels
         second, third = (max(2, round(size * ratio**0.75)) for size in levels[1:])
@@ -203,13 +211,12 @@ def resize(pipeline: Pipeline) -> None:
         levels = (levels[0], second, max(2, third))
         if levels in tried:
             break
-        if str(levels) not in known:
-            _fit_resized(pipeline, levels)
-            known[str(levels)] = mean_size(RESIZED)
-            file.write_text(json.dumps({"made_from": made_from, "sizes": known}) + "\n")
-        tried[levels] = known[str(levels)]
-        if error(levels) >= error(before):
-            break  # else a size that more codes no longer change would multiply the books at every try
+        fit(levels)
+        if error(levels) >= error(before):  # no nearer: on the other side something lies between, else more codes change nothing any more
+            between = (levels[0], before[1], levels[2])
+            if (tried[levels] > wanted) != (tried[before] > wanted) and between not in tried:
+                fit(between)
+            break
     best = min(tried, key=error)
     _fit_resized(pipeline, best)
     print(f"{RESIZED}: books {best}, {mean_size(RESIZED):.2f} items a SID, CQ-SID {wanted:.2f}; tried {tried}", flush=True)

@@ -462,6 +462,14 @@ def test_own_books_take_over_what_was_made_for_rqvae(quality: ModuleType, tmp_pa
     }
 
 
+def test_resizing_changes_one_book_where_both_go_too_far(quality: ModuleType, tmp_path: Path) -> None:
+    sizes = {(8, 8): 3.4, (7, 7): 4.8, (8, 7): 4.1}
+    pipeline = ResizablePipeline(tmp_path, lambda second, third: sizes[second, third], second=8, third=8)
+    quality.resize(pipeline)
+    assert pipeline.fitted == [(64, 7, 7), (64, 8, 7)]
+    assert pipeline.published == (64, 8, 7)
+
+
 @pytest.mark.parametrize(("size", "tried"), [(9.0, (64, 18, 18)), (2.0, (64, 6, 6))])
 def test_resizing_stops_where_other_books_change_nothing(quality: ModuleType, tmp_path: Path, size: float, tried: tuple[int, int, int]) -> None:
     # 10 * (9 / 4) ** 0.75 = 18.4 and 10 * (2 / 4) ** 0.75 = 5.9 codes.
