@@ -63,7 +63,7 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 _SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
 _GOOD_WEIGHTS = "good_weights.safetensors"  # in a checkpoint: what a stop rule goes back to
 _ANCHOR_STREAM = 0xA9C4_0125

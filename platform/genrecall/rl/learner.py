@@ -210,7 +210,7 @@ def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) 
         "reward": _mean(rewards.values[own & finite]),
         "group_reward": _mean(rewards.values[finite]),
         "valid_rate": float((rollout.sid_rows[own] >= 0).mean()) if own.any() else 0.0,
-        "unique_sids": float(np.mean([len({*row.tolist()} - {-1}) for row in rollout.sid_rows])),
+        "unique_sids": float(np.mean([len({*sids[mine].tolist()} - {-1}) for sids, mine in zip(rollout.sid_rows, own, strict=True)])),
         "zero_spread": float((~has_spread(values)).float().mean()),
         "empty_groups": float((~finite.any(axis=1)).mean()),
         "unusable_rewards": float((~finite & there).sum() / max(1, there.sum())),

@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_COLLAPSED = {"unique_sids": 1.0}
+"""What a metric comes to where all is lost, if that is not 0: a group that repeats one answer has one SID, which no share of a baseline below 4 would call too few."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopConfig:
@@ -19,7 +22,7 @@ class StopConfig:
     patience: int = 5
     baseline_steps: int = 5  # the first steps, whose mean b the relative bounds refer to: a share s of it allows b - (1 - s) |b|, so s * b where b is positive
     min_valid_rate: float = 0.2  # share of the policy's own samples that are SIDs, relative to the baseline
-    min_unique_sids: float = 0.25  # distinct SIDs per group, relative to the baseline
+    min_unique_sids: float = 0.25  # distinct SIDs among a group's own samples beyond the first one, relative to the baseline
     min_entropy: float = 0.25  # of each level, relative to the baseline
     max_kl: float = 1.0  # nats per level, to the reference
     min_reward: float = 0.5  # mean reward of the policy's own samples, relative to the baseline
@@ -88,7 +91,7 @@ class StopRules:
         if kind == "most":
             return bound
         baseline = self.baseline.get(metric, math.nan)
-        return baseline - (1.0 - bound) * abs(baseline)
+        return baseline - (1.0 - bound) * abs(baseline - _COLLAPSED.get(metric, 0.0))
 
     def _rules(self) -> list[tuple[str, str, float, str]]:
         c = self.config

@@ -303,7 +303,7 @@ def test_health_of_a_step_by_hand():
     assert health["reward"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.1) / 4)  # the fifth sample has none
     assert health["group_reward"] == pytest.approx((0.5 + 0.5 + 1.0 + 0.0 + 0.1) / 5)
     assert health["valid_rate"] == pytest.approx(4 / 5)
-    assert health["unique_sids"] == pytest.approx((2 + 1) / 2)
+    assert health["unique_sids"] == pytest.approx((1 + 1) / 2)  # the policy repeats 4 beside its expert, and 2 beside what is no SID
     assert health["zero_spread"] == 0.0
     assert health["unusable_rewards"] == pytest.approx(1 / 6)
     assert health["expert_share"] == pytest.approx(1 / 6)
