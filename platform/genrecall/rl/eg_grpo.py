@@ -67,7 +67,7 @@ ALGORITHM_VERSION = 3
 _SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
 _GOOD_WEIGHTS = "good_weights.safetensors"  # in a checkpoint: what a stop rule goes back to
 _ANCHOR_STREAM = 0xA9C4_0125
-_CHECKPOINT_EVERY = 50  # a step here costs far more than one of supervised training
+_CHECKPOINT_SHARE = 0.05  # of the time: a step costs far more than one of supervised training, so that a checkpoint follows most of them
 
 
 def align_generator(
@@ -110,7 +110,7 @@ def align_generator(
     stage = Stage(kind="aligned", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parents, seed=config.seed, job="align_generator")
     if done := stage.current(force=force):
         return done
-    train = dataclasses.replace(train, cpus_per_worker=1, checkpoint_every_steps=min(train.checkpoint_every_steps, _CHECKPOINT_EVERY))
+    train = dataclasses.replace(train, cpus_per_worker=1)
     ensure_ray()
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     check_cluster(config, train, cluster)
@@ -225,7 +225,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             break
         if rules.healthy:
             good_step, good_weights = step, weights
-            if worker.checkpoint_due(step):
+            if worker.checkpoint_due(step, max_share=_CHECKPOINT_SHARE):
                 worker.save({"step": (step + 1) * config.updates_per_rollout, **progress()}, functools.partial(_write_good_weights, good_weights))
     if reason is None and rules.healthy:
         good_step, good_weights = config.steps, weights_of(model)
