@@ -46,7 +46,7 @@ _HEALTH = (
     ("Experts: share and loss", ("expert_share", "expert_loss")),
     ("Hit rate, head and tail queries", ("hit_rate_head", "hit_rate_tail")),
     ("Rewards without a number, groups without a reward", ("unusable_rewards", "empty_groups")),
-    ("Actors replaced, rollouts dropped, ranker calls failed", ("replaced_actors", "dropped_rollouts", "failed_ranker_calls")),
+    ("Actors replaced, ranker calls failed, staleness", ("replaced_actors", "failed_ranker_calls", "staleness")),
     ("Stale experts left out", ("stale_experts",)),
 )
 

@@ -5,7 +5,8 @@ driver owns the actors; only their names enter the loop's configuration. Rank 0 
 other ranks, so all of them see the same health and stop together.
 
 With `max_staleness` 0 a step's groups come from the weights it updates. With s > 0 the groups of s more steps are under way meanwhile, made by
-weights up to s steps older; the clipped ratio corrects for it, and older ones are dropped and counted.
+weights up to s steps older, for which the clipped ratio corrects. None is older, so none has to be dropped: a step's groups are asked for at most s steps
+ahead, and a call that is made again, of an actor that died, carries the weights it had.
 
 Update, rollouts and reference all compute in float32, on GPUs too, where supervised training uses bfloat16: log-probabilities of one policy
 must not differ by who worked them out, and steps of 1e-6 are lost in bfloat16 weights.
@@ -200,7 +201,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             while experiences.submitted <= min(config.max_staleness, config.steps - 1 - step):
                 ahead = step + experiences.submitted
                 experiences.submit(ahead, draw_requests(eligible, seed=config.seed, step=ahead, count=batch))
-            experience = experiences.collect(step)
+            experience = experiences.collect()
         if worker.world_size > 1:
             experience = shared(experience, batch=batch, group=config.group_size, device=worker.device)
         assert experience is not None
@@ -211,7 +212,6 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             **rollout_health(experience.rollout, experience.rewards, head[experience.rollout.request_rows]),
             **parts,
             "staleness": float(step - experience.rollout.version),
-            "dropped_rollouts": float(experience.dropped),
             "replaced_actors": float(replaced_before + experience.replaced),
             "seconds_experience": experience.seconds,
             "seconds_update": time.monotonic() - updating,

@@ -176,6 +176,12 @@ def assert_same(one: Path, other: Path) -> None:
     assert (facts["steps_run"], facts["kept_step"], facts["stopped"]) == (other_facts["steps_run"], other_facts["kept_step"], other_facts["stopped"])
 
 
+def run_again(run) -> Path:
+    """A synchronous run from the start."""
+    Plain.checkpoint = None
+    return run()
+
+
 def started_from(untrained_line) -> dict[str, np.ndarray]:
     return load_file(untrained_line.parts()["generator"].file("stage3") / "model.safetensors")
 
@@ -236,6 +242,28 @@ def test_a_run_that_collapses_after_its_restart_keeps_the_weights_that_were_good
 def test_the_ratio_of_a_policy_to_itself_is_one(run):
     _, rows, _ = outcome(run())  # fresh rollouts and one update a step
     assert [row["ratio"] for row in rows] == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2, 9])
+def test_asynchronous_rollouts_are_as_many_updates_old_as_allowed_and_no_more(run, max_staleness):
+    asked = run(max_staleness=max_staleness)
+    _, rows, facts = outcome(asked)
+    assert [row["staleness"] for row in rows] == [min(step, max_staleness) for step in range(4)]
+    assert facts["stopped"] is None
+    assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert all(abs(row["ratio"] - 1.0) > 1e-4 for row in rows[1:])  # of weights to older ones
+    assert all(np.isfinite(row[name]) for row in rows for name in ("reward", "policy_loss", "kl", "clip_fraction"))
+    assert any(not np.array_equal(one, other) for one, other in zip(outcome(asked)[0].values(), outcome(run_again(run))[0].values(), strict=True))
+
+
+def test_an_asynchronous_run_that_dies_samples_again_what_was_under_way(run):
+    Plain.dies_before_update = 2
+    with pytest.raises(Killed):
+        run(max_staleness=2)
+    _, rows, facts = outcome(run(max_staleness=2))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
+    assert facts["restarts"] == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.5])
