@@ -60,6 +60,7 @@ from genrecall.rl.stop_rules import StopRules
 from genrecall.sid.index import load_sid_table, load_trie
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage, open_artifact
+from genrecall.tracking import MetricLog
 from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, fit
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,22 @@ def align_generator(
             actor.kill()
     with stage.write(num_workers=train.num_workers) as draft:
         shutil.copytree(exported, draft.path, dirs_exist_ok=True)
-        draft.row_counts["steps"] = int(json.loads((draft.path / "training.json").read_text())["steps_run"])
+        facts = json.loads((draft.path / "training.json").read_text())
+        draft.row_counts["steps"] = int(facts["steps_run"])
+    MetricLog(train.tracking_uri, train.tracking_run_id).tag(tags_of(facts))
     return stage.open()
+
+
+def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What MLflow's run is told of how an alignment ended, given its `training.json`."""
+    words = {"least": "at least", "most": "at most"}
+    return {
+        "alignment.stopped": facts["stopped"] or "no",
+        "alignment.broken_rules": ", ".join(facts["broken_rules"]) or "none",
+        "alignment.steps_run": str(facts["steps_run"]),
+        "alignment.kept_step": str(facts["kept_step"]),
+        **{f"alignment.limit.{metric}": f"{words[one['at']]} {one['limit']:.6g}" for metric, one in facts["stop_limits"].items()},
+    }
 
 
 def _with_pinned_ranker(config: AlignConfig, train: TrainSettings) -> AlignConfig:
@@ -230,7 +245,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
     if reason is None and rules.healthy:
         good_step, good_weights = config.steps, weights_of(model)
     elif reason is None:
-        reason = "the last steps broke a stop rule: " + ", ".join(rule for rule, count in rules.breaches.items() if count)
+        reason = "the last steps broke a stop rule: " + ", ".join(rules.broken)
 
     def export(folder: Path) -> None:
         _load(model, good_weights)
@@ -241,6 +256,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             "steps_run": step + 1,
             "kept_step": good_step,
             "stopped": reason,
+            "broken_rules": rules.broken,
             "stop_limits": {metric: {"limit": limit, "at": bound} for metric, (bound, limit) in rules.limits().items()},
             "seconds": round(time.monotonic() - started, 1),
             "replaced_actors": int(health[-1]["replaced_actors"]),

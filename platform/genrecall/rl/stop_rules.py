@@ -81,7 +81,12 @@ class StopRules:
     @property
     def healthy(self) -> bool:
         """Whether the last step observed broke no rule."""
-        return not any(self.breaches.values())
+        return not self.broken
+
+    @property
+    def broken(self) -> list[str]:
+        """The rules that the last step observed broke."""
+        return [rule for rule, count in self.breaches.items() if count]
 
     def state(self) -> dict[str, object]:
         """JSON-able; pass it back as keyword arguments."""

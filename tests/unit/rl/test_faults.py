@@ -237,6 +237,11 @@ def test_a_run_that_collapses_after_its_restart_keeps_the_weights_that_were_good
     assert json.loads(Plain.checkpoint["state"])["rollout_step"] == 2
     assert_same(run(no_rewards_from_the_third_step_on, stop=stop), undisturbed)
     assert facts["stop_limits"]["unusable_rewards"] == {"limit": 0.5, "at": "most"}
+    tags = eg_grpo.tags_of(facts)
+    assert tags["alignment.stopped"] == facts["stopped"]
+    assert (tags["alignment.broken_rules"], tags["alignment.steps_run"], tags["alignment.kept_step"]) == ("usable_rewards", "4", "1")
+    assert (tags["alignment.limit.unusable_rewards"], tags["alignment.limit.kl"]) == ("at most 0.5", "at most 100")
+    assert {name.rpartition(".")[2] for name in tags if name.startswith("alignment.limit.")} == set(facts["stop_limits"])
 
 
 def test_the_ratio_of_a_policy_to_itself_is_one(run):
