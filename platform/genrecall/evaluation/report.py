@@ -38,7 +38,7 @@ PALETTE = ("#475569", "#0f766e", "#7c3aed", "#a16207", "#0369a1", "#be185d", "#c
 _HEALTH = (
     ("Reward", ("reward", "group_reward")),
     ("Samples by reward tier", ("tier_purchased", "tier_clicked", "tier_exposed", "tier_valid", "tier_invalid")),
-    ("Valid SIDs and groups without spread", ("valid_rate", "zero_spread", "gate_open")),
+    ("Valid SIDs and groups without spread", ("valid_rate", "valid_mass", "zero_spread", "gate_open")),
     ("Different SIDs per group", ("unique_sids",)),
     ("KL to the reference", ("kl",)),
     ("Entropy by level", ("entropy_1", "entropy_2", "entropy_3")),

@@ -53,7 +53,7 @@ from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
 from genrecall.rl.experience import Experience, Experiences, reward_actor, rollout_actors, shared
 from genrecall.rl.experts import counter_uniforms, draw_weighted, tier_weights
 from genrecall.rl.feedback import Feedback, build_feedback
-from genrecall.rl.learner import RequestPrompts, alignment_loss, draw_requests, frequent_queries, rollout_health
+from genrecall.rl.learner import RequestPrompts, alignment_loss, draw_requests, frequent_queries, rollout_health, valid_mass
 from genrecall.rl.policy_loss import decayed_expert_weight
 from genrecall.rl.rollout import START_STAGE, weights_of
 from genrecall.rl.stop_rules import StopRules
@@ -69,6 +69,7 @@ ALGORITHM_VERSION = 3
 _SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
 _GOOD_WEIGHTS = "good_weights.safetensors"  # in a checkpoint: what a stop rule goes back to
 _ANCHOR_STREAM = 0xA9C4_0125
+_MASS_REQUESTS = 8  # of each rank, that `valid_mass` is estimated on
 _CHECKPOINT_SHARE = 0.05  # of the time: a step costs far more than one of supervised training, so that a checkpoint follows most of them
 
 
@@ -222,9 +223,12 @@ def align_loop(loop_config: dict[str, Any]) -> None:
         assert experience is not None
         updating = time.monotonic()
         parts = update(step, experience)
+        sampled = rollout_health(experience.rollout, experience.rewards, head[experience.rollout.request_rows])
+        if config.support == "level":  # sampled without the trie
+            parts["valid_mass"] = sampled["valid_rate"]
         row = {
             "step": float(step),
-            **rollout_health(experience.rollout, experience.rewards, head[experience.rollout.request_rows]),
+            **sampled,
             **parts,
             "staleness": float(step - experience.rollout.version),
             "replaced_actors": float(replaced_before + experience.replaced),
@@ -310,16 +314,22 @@ def _update(
         torch.tensor(weight, device=device),
         *anchors,
     )
-    sums: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    if config.support == "trie" and reference.guidance is None:
+        few = slice(_MASS_REQUESTS)
+        group = answers[few, : config.group_size]
+        foreign = batch[6][few] | (group[..., 0] < 0)
+        assert isinstance(worker.model, Decoder)
+        means["valid_mass"] = valid_mass(worker.model, asked.take(few), group, foreign, [level[few] for level in levels])
     for _ in range(config.updates_per_rollout):
         loss, parts = worker.loss(*batch)
         worker.step(loss)
-        sums = {name: sums.get(name, torch.zeros((), device=device)) + value.float() for name, value in parts.items()}
-    values = torch.stack(list(sums.values())) / config.updates_per_rollout
+        means |= {name: means.get(name, torch.zeros((), device=device)) + value.float() / config.updates_per_rollout for name, value in parts.items()}
+    values = torch.stack(list(means.values()))
     if worker.world_size > 1:
         torch.distributed.all_reduce(values)
         values /= worker.world_size
-    return {**dict(zip(sums, values.tolist(), strict=True)), "expert_weight": weight}
+    return {**dict(zip(means, values.tolist(), strict=True)), "expert_weight": weight}
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def test_a_run_that_collapses_after_its_restart_keeps_the_weights_that_were_good
     def no_rewards_from_the_third_step_on(step, scored):
         return scored if step < 2 else Rewards(np.full_like(scored.values, np.nan), scored.tiers)
 
-    stop = StopConfig(patience=2, baseline_steps=1, min_reward=0.0, min_entropy=0.0, min_unique_sids=0.0, min_valid_rate=0.0, max_kl=100.0)
+    stop = StopConfig(patience=2, baseline_steps=1, min_reward=0.0, min_entropy=0.0, min_unique_sids=0.0, min_valid_mass=0.0, max_kl=100.0)
     undisturbed = run(no_rewards_from_the_third_step_on, stop=stop)
     _, rows, facts = outcome(undisturbed)
     assert [row["unusable_rewards"] for row in rows] == [0.0, 0.0, 1.0, 1.0]
@@ -323,3 +323,4 @@ def test_stale_experts_are_left_out_and_counted(run, monkeypatch):
     assert all(row["stale_experts"] > 0 for row in rows)
     assert [row["expert_share"] for row in rows] == [0.0, 0.0]
     assert [row["valid_rate"] for row in rows] == [1.0, 1.0]
+    assert "valid_mass" not in rows[0]  # of a guided decoder

@@ -16,7 +16,7 @@ from genrecall.rl.rollout import Rollout
 from genrecall.rl.stop_rules import StopConfig, StopRules
 
 HEALTHY = {
-    "valid_rate": 0.8,
+    "valid_mass": 0.8,
     "unique_sids": 6.0,
     "entropy_1": 3.0,
     "entropy_2": 2.0,
@@ -44,7 +44,7 @@ def test_healthy_run_goes_on():
 @pytest.mark.parametrize(
     ("metric", "value", "rule"),
     [
-        ("valid_rate", 0.1, "valid_answers"),  # below 0.2 * 0.8
+        ("valid_mass", 0.1, "valid_answers"),  # below 0.2 * 0.8
         ("unique_sids", 2.0, "diverse_groups"),  # below 1 + 0.25 * (6 - 1)
         ("entropy_2", 0.4, "entropy_2"),  # below 0.25 * 2
         ("kl", 1.5, "near_reference"),
@@ -103,6 +103,15 @@ def test_a_step_without_a_reward_says_nothing_of_its_height():
     assert rules.healthy
     sick = {**HEALTHY, "reward": 0.1}
     assert run(rules, sick, without, sick)[2].startswith("reward_holds: reward was 0.1")
+
+
+def test_a_guided_run_has_no_mass_outside_the_trie_and_a_rule_less():
+    guided = {name: value for name, value in HEALTHY.items() if name != "valid_mass"}
+    rules = StopRules(StopConfig(patience=2, baseline_steps=2))
+    assert run(rules, *[guided] * 10) == [None] * 10
+    assert set(rules.limits()) == set(guided)
+    with pytest.raises(KeyError, match="kl"):
+        rules.observe({name: value for name, value in guided.items() if name != "kl"})
 
 
 def test_recovery_resets_the_patience():
