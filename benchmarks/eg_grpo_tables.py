@@ -284,8 +284,8 @@ def _blocks(dataset: str, table: str, found: Mapping[tuple[str, str], Record]) -
             for row in rows
             if row in gains[base]
         ]
-        about = f" The bar: lower bounds above {_bounds(bar)}." if bar else ""
-        blocks += [f"Paired gains over {_name(base)}:{about}", markdown_table(["", *metrics, *(["bar"] if bar else [])], lines)]
+        about = f" (bar: lower bounds above {_bounds(bar)})" if bar else ""
+        blocks += [f"Paired gains over {_name(base)}{about}:", markdown_table(["", *metrics, *(["bar"] if bar else [])], lines)]
     return blocks
 
 

@@ -425,10 +425,10 @@ def test_bar_asks_more_clicks_of_the_marketplace_and_no_loss_of_home_depot(
     line = next(line for line in text.splitlines() if line.startswith("| EG-GRPO, K = 2 |") and line.count("|") == 9)
     assert line.endswith(f"| {verdict} |")
     said = {
-        "marketplace": "The bar: lower bounds above 0 % for clk@1, clk@10; -0.3 % for exp@1, exp@10, pvr@10.",
-        "home_depot": "The bar: lower bounds above -1 % for clk@1, clk@10, exp@1, exp@10, pvr@10.",
+        "marketplace": "(bar: lower bounds above 0 % for clk@1, clk@10; -0.3 % for exp@1, exp@10, pvr@10)",
+        "home_depot": "(bar: lower bounds above -1 % for clk@1, clk@10, exp@1, exp@10, pvr@10)",
     }
-    assert f"Paired gains over stage 3: {said[dataset]}" in text
+    assert f"Paired gains over stage 3 {said[dataset]}:" in text
 
 
 def test_unknown_row_and_tuning_on_home_depot_are_refused(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
