@@ -27,8 +27,13 @@ COLUMNS = ("clk@1", "clk@10", "exp@1", "exp@10", "pvr@10", "recall@10")
 START, CONTINUED, PLAIN, MAIN = "stage3", "stage3_continued", "grpo_k0", "eg_grpo_k2"
 OUTCOME_ROWS = (START, MAIN)
 WITHOUT, ALONE = "without_channel", "alone"
-RISING, GUARDED, MARGIN = ("clk@1", "clk@10"), ("exp@1", "exp@10", "pvr@10"), -0.003
-"""The bar on the marketplace: the lower bound of the first ones' gains over stage 3 above 0, of the others' above the margin."""
+BARS: Mapping[str, Mapping[str, float]] = {
+    "marketplace": {"clk@1": 0.0, "clk@10": 0.0, "exp@1": -0.003, "exp@10": -0.003, "pvr@10": -0.003},
+    "home_depot": dict.fromkeys(("clk@1", "clk@10", "exp@1", "exp@10", "pvr@10"), -0.01),
+}
+"""What the lower bound of each gain over stage 3 must lie above. On Home Depot it is a loss of a hundredth: the intervals of the marketplace's 21,000
+requests, scaled to some 1,760 queries, reach 0.3 % (pvr@10) to 2 % (clk@1) to either side, so that -0.3 % could be shown of hardly any alignment that
+changes nothing. Nor can -1 % at one beam, where only a gain passes: the margin is the loss that one would accept, not what passes."""
 COST = ("seconds", "steps_run", "kept_step", "stopped")
 
 TABLES_OF = {"rows": ("alignment", "cost", "outcome", "outcome_alone"), "tuning": ("tuning",)}
@@ -210,7 +215,7 @@ def _outcome(seen: Measured, maker: PairedRecords) -> list[Record]:
 
 
 def rebuild(plan: Plan, homes: Mapping[str, Mapping[str, Path]], commands: Mapping[str, str], output: Path) -> str | None:
-    """Write `eg_grpo.json` and `eg_grpo.md` anew and return the second; None, and nothing written, where no dataset is there.
+    """Write `eg_grpo.json` and `eg_grpo.md` anew and return the second; None, and nothing written, where neither a dataset nor `rl.json` has anything.
 
     Args:
         homes: dataset -> cell's name -> its home. commands: dataset -> what rebuilds its tables.
@@ -227,11 +232,11 @@ def rebuild(plan: Plan, homes: Mapping[str, Mapping[str, Path]], commands: Mappi
             made_at = commits(fact.get("commit") for facts in seen.facts.values() for fact in facts)
             fresh += records_of(plan, seen, PairedRecords(dataset, len(cells), commands[dataset], made_at))
             gone += [(dataset, table) for table in TABLES_OF[plan.name]]
-    if not gone:
-        return None
     if steps := whole_steps(output / "rl.json"):
         fresh += steps
         gone.append(("synthetic", "throughput"))
+    if not gone:
+        return None
     file = output / "eg_grpo.json"
     records = merged(fresh, json.loads(file.read_text()) if file.exists() else [], gone)
     text = markdown(records)
@@ -242,7 +247,7 @@ def rebuild(plan: Plan, homes: Mapping[str, Mapping[str, Path]], commands: Mappi
 
 
 def whole_steps(file: Path) -> list[Record]:
-    """What `rl.py` measured of a whole alignment step, as records of these tables; none where it has not been run."""
+    """What `rl.py` measured of whole alignment steps and of rollout actors, as records of these tables; none where it has not been run."""
     found = json.loads(file.read_text()) if file.exists() else []
     names = ("table", "row", "metric", "value", "low", "high", "command", "commit")
     return [{name: record[name] for name in names} | {"dataset": "synthetic", "seeds": 1} for record in found if record["table"] == "throughput"]
@@ -274,24 +279,31 @@ def _blocks(dataset: str, table: str, found: Mapping[tuple[str, str], Record]) -
         if match := _GAIN.fullmatch(name):
             gains.setdefault(match["base"], {}).setdefault(row, {})[match["metric"]] = record
     for base in [one for one in rows if one in gains]:
-        judged = (dataset, table, base) == ("marketplace", "alignment", START)
+        bar = BARS.get(dataset) if (table, base) == ("alignment", START) else None
         lines = [
-            [_name(row), *(_gain(gains[base][row].get(metric)) for metric in metrics), *([_verdict(gains[base][row])] if judged else [])]
+            [_name(row), *(_gain(gains[base][row].get(metric)) for metric in metrics), *([_verdict(gains[base][row], bar)] if bar else [])]
             for row in rows
             if row in gains[base]
         ]
-        blocks += [f"Paired gains over {_name(base)}:", markdown_table(["", *metrics, *(["bar"] if judged else [])], lines)]
+        about = f" (bar: lower bounds above {_bounds(bar)})" if bar else ""
+        blocks += [f"Paired gains over {_name(base)}{about}:", markdown_table(["", *metrics, *(["bar"] if bar else [])], lines)]
     return blocks
 
 
-def _verdict(gains: Mapping[str, Record]) -> str:
-    """Whether the gains over stage 3 reach the bar of the marketplace."""
+def _verdict(gains: Mapping[str, Record], bar: Mapping[str, float]) -> str:
+    """Whether gains over stage 3 reach a bar; "not measured" where one of its metrics has no interval."""
+    lows = {metric: gains[metric]["low"] if metric in gains else None for metric in bar}
+    if any(low is None for low in lows.values()):
+        return "not measured"
+    return "met" if all(lows[metric] > bound for metric, bound in bar.items()) else "not met"
 
-    def above(metric: str, bound: float) -> bool:
-        low = gains[metric]["low"] if metric in gains else None
-        return low is not None and low > bound
 
-    return "met" if all(above(metric, 0.0) for metric in RISING) and all(above(metric, MARGIN) for metric in GUARDED) else "not met"
+def _bounds(bar: Mapping[str, float]) -> str:
+    """The bounds of a bar in words, metrics of one bound together."""
+    metrics: dict[float, list[str]] = {}
+    for metric, bound in bar.items():
+        metrics.setdefault(bound, []).append(metric)
+    return "; ".join(f"{100 * bound:g} % for {', '.join(names)}" for bound, names in metrics.items())
 
 
 def _name(row: str) -> str:

@@ -93,9 +93,9 @@ class Recorder:
         self.records.append({"table": table or self.table, "row": row, "metric": metric, **figures, **self.common})
         print(f"{row:32} batch {batch:5} threads {threads} {metric:36} {middle:10.2f} ({low:.2f} to {high:.2f})", flush=True)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, *, by_row: bool = False) -> None:
         """Write all records, see `write_tables`."""
-        write_tables(path, self.records)
+        write_tables(path, self.records, by_row=by_row)
 
 
 Measure = Callable[[Callable[..., None]], None]
@@ -106,9 +106,10 @@ def run_recorded(
     parser: argparse.ArgumentParser,
     name: str,
     arguments: Sequence[str] | None,
-    measure: Callable[[bool, int], Measure],
+    measure: Callable[[argparse.Namespace, int], Measure],
     *libraries: ModuleType | str,
     repeats: int,
+    parts: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """A benchmark's command line: `measure` runs once for each number of threads, and the records are written to `benchmarks/results/NAME.json`.
 
@@ -116,10 +117,13 @@ def run_recorded(
         parser: --quick, --threads, --repeats and --output are added to it.
         name: of the table, and of the benchmark's file.
         arguments: of the command line; None: the process's.
-        measure: (quick, repeats) -> what measures.
+        measure: (options, repeats) -> what measures.
         libraries: named in the line about the machine.
         repeats: without --repeats.
+        parts: what --parts chooses from, if anything; a run of some of them replaces their rows in the file and leaves the others.
     """
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="default: all")
     parser.add_argument("--quick", action="store_true", help="a tiny task, for correctness only; writes no file unless --output is given")
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1], help="thread counts, measured one after the other")
     parser.add_argument("--repeats", type=int, default=repeats)
@@ -132,12 +136,12 @@ def run_recorded(
     try:
         for threads in options.threads:
             torch.set_num_threads(threads)
-            measure(options.quick, repeats)(functools.partial(recorder, threads=threads))
+            measure(options, repeats)(functools.partial(recorder, threads=threads))
     finally:
         torch.set_num_threads(before)
     output = options.output or (None if options.quick else Path(__file__).parent / "results" / f"{name}.json")
     if output:
-        recorder.write(output)
+        recorder.write(output, by_row=bool(parts) and set(options.parts) != set(parts))
     return recorder.records
 
 
@@ -161,9 +165,13 @@ def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
     return [slow / fast for slow, fast in zip(slower, faster, strict=True)]
 
 
-def write_tables(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records into a file that several benchmarks share: the tables among them are replaced, others stay."""
+def write_tables(path: Path, records: Sequence[Mapping[str, Any]], *, by_row: bool = False) -> None:
+    """Write records into a file that several benchmarks share: the tables among them (or, `by_row`, the rows) are replaced, others stay."""
     kept = json.loads(path.read_text()) if path.exists() else []
-    tables = {record["table"] for record in records}
+
+    def place(record: Mapping[str, Any]) -> tuple[str, ...]:
+        return (record["table"], record["row"]) if by_row else (record["table"],)
+
+    gone = {place(record) for record in records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([record for record in kept if record["table"] not in tables] + list(records), indent=1) + "\n")
+    path.write_text(json.dumps([record for record in kept if place(record) not in gone] + list(records), indent=1) + "\n")

@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         parser,
         "quantize",
         arguments,
-        lambda quick, repeats: lambda record: measure(QUICK if quick else Task(), repeats, record),
+        lambda options, repeats: lambda record: measure(QUICK if options.quick else Task(), repeats, record),
         "vector-quantize-pytorch",
         repeats=9,
     )

@@ -13,9 +13,10 @@ median over repeats of the ratio within a repeat. A side whose numbers differ is
   backward, clipping, AdamW) by the functions that the learner calls, against one in the style of TRL: `generate`, one sequence a sample,
   log-probabilities over the whole vocabulary (of the last positions only, as TRL asks for them; what leaving that out costs stands beside), the old ones
   those of the update itself. On the same answers and support both have the same loss and gradients, which is checked; in the timing ours scores the
-  children of a prefix, its default.
+  children of a prefix, its default. The parts of our step are timed by the same clock as the step.
+- actors: rollouts per second against the number of rollout actors, see `rollout_actors.py`.
 
-Run: python benchmarks/rl.py [--quick] [--threads 1 2] [--repeats 7] [--output benchmarks/results/rl.json]
+Run: python benchmarks/rl.py [--quick] [--parts sampling update step actors] [--threads 1 2] [--repeats 7] [--output benchmarks/results/rl.json]
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ import torch
 import transformers
 from decode import Generate, sid_tokens
 from decode import Task as DecodeTask
-from measurement import interleaved, ratios, run_recorded, seconds
+from measurement import clock, interleaved, ratios, run_recorded
+from rollout_actors import compare_pools, pool_sizes
 from torch import Tensor
 
 from genrecall.generator.decoder_config import DecoderConfig
@@ -51,7 +53,8 @@ from genrecall.sid.trie import Trie
 TOLERANCE = 1e-4
 LOGGED = 5  # SIDs with feedback a request: the first was clicked, the others were exposed
 CLICKED, EXPOSED, VALID = 1.0, 0.5, 0.1
-PARTS = ("weights", "rollout", "reference", "update", "optimizer")
+PARTS = ("sampling", "update", "step", "actors")
+STEP_PARTS = ("weights", "rollout", "reference", "update", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Task:
     step_prompts: int = 16
     step_group: int = 8
     num_experts: int = 2
+    actor_calls: int = 4  # tasks of `step_prompts` requests each that a pool of rollout actors shares
 
 
 FULL = Task(decoder=DecodeTask())
@@ -77,6 +81,7 @@ QUICK = Task(
     update_batch=2,
     step_prompts=3,
     step_group=4,
+    actor_calls=2,
 )
 
 
@@ -293,11 +298,10 @@ class OurStep:
 
     def __init__(self, model: Decoder, reference: Decoder, trie: Trie, requests: Requests, task: Task) -> None:
         self.model, self.reference, self.trie, self.requests = model, pack(reference), trie, requests
-        config = RolloutConfig(seed=0, group_size=task.step_group, num_experts=task.num_experts, support="trie")
-        self.worker = RolloutWorker(Decoder(model.config, seed=None), trie, config)
+        self.worker = RolloutWorker(Decoder(model.config, seed=None), trie, rollout_config(task))
         self.optimizer = adam(model)
         self.steps = 0
-        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+        self.seconds: dict[str, list[float]] = {part: [] for part in STEP_PARTS}
 
     def __call__(self) -> None:
         prompts = prompts_of(self.requests.ids)
@@ -321,8 +325,9 @@ class OurStep:
             loss.backward()
 
         parts = (lambda: self.worker.load(self.steps, weights_of(self.model)), sample, refer, update, lambda: advance(self.model, self.optimizer))
-        for name, part in zip(PARTS, parts, strict=True):
-            self.seconds[name].append(seconds(part))
+        timed = clock()
+        for name, part in zip(STEP_PARTS, parts, strict=True):
+            self.seconds[name].append(timed(part))
         self.steps += 1
 
 
@@ -402,6 +407,14 @@ def compare_step(task: Task, trie: Trie, tokens: np.ndarray, repeats: int, recor
         record(row, f"step_speedup_vs_{name}", ratios(times[name], times["ours"]), batch=task.step_prompts, table="throughput")
 
 
+def compare_actors(
+    task: Task, trie: Trie, tokens: np.ndarray, sizes: Sequence[int], repeats: int, record: Callable[..., None], rng: np.random.Generator
+) -> None:
+    """Groups of `actor_calls` tasks by pools of each size."""
+    tasks = [Requests.drawn(task, tokens, rng).task(call) for call in range(task.actor_calls)]
+    compare_pools(Decoder(decoder_config(task.decoder), seed=0), trie, tasks, rollout_config(task), sizes, repeats, record)
+
+
 def require_same_loss(model: Decoder, reference: Decoder, theirs: TrlStyleStep, requests: Requests, task: Task) -> None:
     """Exit unless both sides have the same loss and gradients on one group of random answers and the logged ones."""
     prompts = prompts_of(requests.ids)
@@ -423,6 +436,11 @@ def require_same_loss(model: Decoder, reference: Decoder, theirs: TrlStyleStep, 
     require_same_gradients("step", model, theirs.model)
 
 
+def rollout_config(task: Task) -> RolloutConfig:
+    """How the groups of a step are made."""
+    return RolloutConfig(seed=0, group_size=task.step_group, num_experts=task.num_experts, support="trie")
+
+
 def prompts_of(ids: Tensor) -> Prompts:
     """Prompts of equal length."""
     return Prompts(ids, torch.full((len(ids),), ids.shape[1]))
@@ -439,8 +457,8 @@ def advance(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-def measure(task: Task, repeats: int, record: Callable[..., None]) -> None:
-    """Check and time all three comparisons."""
+def measure(task: Task, parts: Sequence[str], repeats: int, record: Callable[..., None]) -> None:
+    """Check and time the parts asked for."""
     rng = np.random.default_rng(0)
     config = decoder_config(task.decoder)
     model = Decoder(config, seed=0).eval()
@@ -449,30 +467,32 @@ def measure(task: Task, repeats: int, record: Callable[..., None]) -> None:
         tokens = sid_tokens(kind, task.decoder, rng)
         trie = Trie.from_tokens(tokens, config.alphabet_sizes)
         sampler = Sampler(theirs, tokens, config, task.decoder.prompt_tokens)
-        for batch in task.sample_batches:
+        for batch in task.sample_batches if "sampling" in parts else ():
             ids = torch.from_numpy(rng.integers(0, task.decoder.text_vocab_size, (batch, task.decoder.prompt_tokens)))
             for group in task.sample_groups:
                 check = (batch, group) == (task.sample_batches[0], task.sample_groups[0])
                 compare_sampling(model, sampler, trie, ids, group, repeats, record, kind=kind, check=check)
-    for group in task.update_groups:
+    for group in task.update_groups if "update" in parts else ():
         ids = torch.from_numpy(rng.integers(0, task.decoder.text_vocab_size, (task.update_batch, task.decoder.prompt_tokens)))
         answers = torch.from_numpy(tokens[rng.integers(0, len(tokens), (task.update_batch, group))].astype(np.int64))
         compare_update(model, theirs, ids, answers, repeats, record)
-    compare_step(task, trie, tokens, repeats, record, rng)
+    if "step" in parts:
+        compare_step(task, trie, tokens, repeats, record, rng)
+    if "actors" in parts:
+        compare_actors(task, trie, tokens, pool_sizes(), repeats, record, rng)
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    return run_recorded(
-        parser,
-        "rl",
-        arguments,
-        lambda quick, repeats: lambda record: measure(QUICK if quick else FULL, repeats, record),
-        transformers,
-        repeats=7,
-    )
+
+    def of(options: argparse.Namespace, repeats: int) -> Callable[[Callable[..., None]], None]:
+        again = torch.get_num_threads() != options.threads[0]  # the number of threads here changes nothing for the actors
+        parts = [part for part in options.parts if part != "actors" or not again]
+        return lambda record: measure(QUICK if options.quick else FULL, parts, repeats, record)
+
+    return run_recorded(parser, "rl", arguments, of, transformers, repeats=7, parts=PARTS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
-from mlflow.entities import Metric
+from mlflow.entities import Metric, RunTag
 from mlflow.tracking import MlflowClient
 
 from genrecall.config import Places, to_dict
@@ -69,7 +69,7 @@ def metric_name(name: str) -> str:
 
 
 class MetricLog:
-    """Writes metrics of one run from any process, in batches; does nothing without a run id."""
+    """Writes metrics and tags of one run from any process, in batches; does nothing without a run id."""
 
     def __init__(self, tracking_uri: str | None, run_id: str | None) -> None:
         self._client = MlflowClient(tracking_uri) if tracking_uri and run_id else None
@@ -82,3 +82,8 @@ class MetricLog:
         metrics = [Metric(metric_name(name), value, time_ms, step) for step, time_ms, values in records for name, value in values.items()]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + 1000])
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        if self._client is not None:
+            self._client.log_batch(self._run_id, tags=[RunTag(name, value) for name, value in tags.items()])

@@ -65,7 +65,7 @@ class TrainSettings:
     cpus_per_worker: int = 1
     use_gpu: bool = False
     zero_stage: Literal[0, 1, 2] = 1
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: int = 500  # at the latest; alignment, whose steps are dear, takes them by what they cost
     max_failures: int = 1
     tracking_uri: str | None = None
     tracking_run_id: str | None = None
@@ -180,6 +180,21 @@ def cosine_schedule(peak: float, *, warmup_steps: int, total_steps: int) -> Call
     return rate
 
 
+class CheckpointPace:
+    """When the next checkpoint is cheap: times in seconds of one clock."""
+
+    def __init__(self) -> None:
+        self._cost, self._last = 0.0, 0.0
+
+    def took(self, started: float, ended: float) -> None:
+        """A checkpoint was made."""
+        self._cost, self._last = ended - started, ended
+
+    def due(self, now: float, max_share: float) -> bool:
+        """Whether another like the last one would leave the share of the time since then at or below `max_share`; the first is always due."""
+        return self._cost <= max_share * (now - self._last + self._cost)
+
+
 class TrainWorker:
     """One Ray Train worker's model, optimizer and checkpoints, on DeepSpeed.
 
@@ -231,6 +246,7 @@ class TrainWorker:
         self._pending: list[tuple[int, int, Mapping[str, Any]]] = []
         self._started = self._last_line = time.monotonic()
         self._first_step = 0
+        self._pace = CheckpointPace()
 
         dtype = dtype or default_dtype(self.device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -301,9 +317,22 @@ class TrainWorker:
             values = "  ".join(f"{k} {float(v.detach() if isinstance(v, Tensor) else v):.4g}" for k, v in itertools.islice(metrics.items(), _SHOWN_METRICS))
             logger.info("%s: step %d/%d  %s  (about %d s left)", self.name, step + 1, self.total_steps, values, left_s)
 
-    def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint should follow this step."""
-        return (step + 1) % self._checkpoint_every == 0 and step + 1 < self.total_steps
+    def checkpoint_due(self, step: int, *, max_share: float = 0.0) -> bool:
+        """Whether a checkpoint should follow this step; every rank calls this and gets the same answer.
+
+        Args:
+            max_share: of the time that checkpoints may take; 0 leaves only `checkpoint_every_steps` to decide.
+        """
+        if step + 1 >= self.total_steps:
+            return False
+        if (step + 1) % self._checkpoint_every == 0:
+            return True
+        if not max_share:
+            return False
+        due = torch.tensor(int(self._pace.due(time.monotonic(), max_share)), device=self.device)
+        if self.world_size > 1:  # clocks differ
+            torch.distributed.broadcast(due, src=0)
+        return bool(due)
 
     def save(self, state: Mapping[str, Any], write: Callable[[Path], None] | None = None) -> None:
         """Store a checkpoint; every rank calls this. `state` is JSON and holds "step", the next step to run.
@@ -311,7 +340,9 @@ class TrainWorker:
         Args:
             write: called on rank 0 with the checkpoint's folder, to keep more there than the model and the state.
         """
+        started = time.monotonic()
         self._report(state, export=None, write=write)
+        self._pace.took(started, time.monotonic())
 
     def finish(
         self,

@@ -15,7 +15,7 @@ from ray import cloudpickle
 from torch import Tensor, nn
 
 from genrecall.storage import Stage
-from genrecall.train_worker import TrainingError, TrainSettings, TrainWorker, cosine_schedule, fit
+from genrecall.train_worker import CheckpointPace, TrainingError, TrainSettings, TrainWorker, cosine_schedule, fit
 
 STEPS = 30
 
@@ -80,6 +80,15 @@ def test_cosine_schedule_warms_up_peaks_and_ends_at_a_tenth() -> None:
     assert rate(9) == pytest.approx(1.0)
     assert rate(60) == pytest.approx(0.55)
     assert rate(110) == pytest.approx(0.1)
+
+
+def test_a_checkpoint_waits_until_it_is_a_small_share_of_the_time() -> None:
+    pace = CheckpointPace()
+    assert pace.due(1000.0, 0.05)  # what it costs is not known yet, and there is nothing to go back to
+    pace.took(1000.0, 1001.0)
+    assert [pace.due(now, 0.05) for now in (1001.0, 1019.9, 1020.1)] == [False, False, True]  # 1 of 20 seconds
+    pace.took(1030.0, 1030.1)  # 0.1 of 2 seconds
+    assert [pace.due(now, 0.05) for now in (1031.9, 1032.1)] == [False, True]
 
 
 def test_bad_settings_are_named() -> None:

@@ -20,6 +20,7 @@ from genrecall.pipeline import Pipeline, example_request, promote_if_it_passes, 
 from genrecall.recipes import RECIPES
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.versions import fetch_bundle, resolve
+from genrecall.rl.eg_grpo import tags_of
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -74,6 +75,15 @@ def test_the_example_request_asks_what_shoppers_ask_most(tiny_pipeline: Pipeline
     queries = [query for file in dataset.file("requests/test").glob("*.parquet") for query in pq.read_table(file)["query"].to_pylist()]
     assert body["limit"] == 5
     assert queries.count(body["query"]) == max(queries.count(query) for query in set(queries)) > 0
+
+
+def test_how_the_alignment_ended_is_on_its_mlflow_run(tiny_pipeline: Pipeline) -> None:
+    facts = tiny_pipeline.existing("aligned").json("training.json")
+    runs = MlflowClient().search_runs([mlflow.get_experiment_by_name("genrecall").experiment_id], filter_string="tags.`mlflow.runName` = 'aligned'")
+    tags = next(run.data.tags for run in runs if run.data.tags["artifact.reused"] == "false")
+    assert {name: tags[name] for name in tags_of(facts)} == tags_of(facts)
+    assert (tags["alignment.stopped"], tags["alignment.kept_step"]) == ("no", "3")
+    assert tags["alignment.limit.kl"] == "at most 1"
 
 
 def test_the_models_metrics_are_linked_to_it_in_mlflow(tiny_pipeline: Pipeline) -> None:

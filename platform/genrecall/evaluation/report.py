@@ -39,7 +39,7 @@ PALETTE = ("#475569", "#0f766e", "#7c3aed", "#a16207", "#0369a1", "#be185d", "#c
 _HEALTH = (
     ("Reward", ("reward", "group_reward")),
     ("Samples by reward tier", ("tier_purchased", "tier_clicked", "tier_exposed", "tier_valid", "tier_invalid")),
-    ("Valid SIDs and groups without spread", ("valid_rate", "zero_spread", "gate_open")),
+    ("Valid SIDs and groups without spread", ("valid_rate", "valid_mass", "zero_spread", "gate_open")),
     ("Different SIDs per group", ("unique_sids",)),
     ("KL to the reference", ("kl",)),
     ("Entropy by level", ("entropy_1", "entropy_2", "entropy_3")),
@@ -47,7 +47,7 @@ _HEALTH = (
     ("Experts: share and loss", ("expert_share", "expert_loss")),
     ("Hit rate, head and tail queries", ("hit_rate_head", "hit_rate_tail")),
     ("Rewards without a number, groups without a reward", ("unusable_rewards", "empty_groups")),
-    ("Actors replaced, rollouts dropped, ranker calls failed", ("replaced_actors", "dropped_rollouts", "failed_ranker_calls")),
+    ("Actors replaced, ranker calls failed, staleness", ("replaced_actors", "failed_ranker_calls", "staleness")),
     ("Stale experts left out", ("stale_experts",)),
 )
 

@@ -5,7 +5,8 @@ driver owns the actors; only their names enter the loop's configuration. Rank 0 
 other ranks, so all of them see the same health and stop together.
 
 With `max_staleness` 0 a step's groups come from the weights it updates. With s > 0 the groups of s more steps are under way meanwhile, made by
-weights up to s steps older; the clipped ratio corrects for it, and older ones are dropped and counted.
+weights up to s steps older, for which the clipped ratio corrects. None is older, so none has to be dropped: a step's groups are asked for at most s steps
+ahead, and a call that is made again, of an actor that died, carries the weights it had.
 
 Update, rollouts and reference all compute in float32, on GPUs too, where supervised training uses bfloat16: log-probabilities of one policy
 must not differ by who worked them out, and steps of 1e-6 are lost in bfloat16 weights.
@@ -52,22 +53,24 @@ from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
 from genrecall.rl.experience import Experience, Experiences, reward_actor, rollout_actors, shared
 from genrecall.rl.experts import counter_uniforms, draw_weighted, tier_weights
 from genrecall.rl.feedback import Feedback, build_feedback
-from genrecall.rl.learner import RequestPrompts, alignment_loss, draw_requests, frequent_queries, rollout_health
+from genrecall.rl.learner import RequestPrompts, alignment_loss, draw_requests, frequent_queries, rollout_health, valid_mass
 from genrecall.rl.policy_loss import decayed_expert_weight
 from genrecall.rl.rollout import START_STAGE, weights_of
 from genrecall.rl.stop_rules import StopRules
 from genrecall.sid.index import load_sid_table, load_trie
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage, open_artifact
+from genrecall.tracking import MetricLog
 from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, fit
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 _SHOWN_FIRST = ("reward", "hit_rate", "valid_rate", "unique_sids", "kl", "entropy_1", "zero_spread", "clip_fraction")
 _GOOD_WEIGHTS = "good_weights.safetensors"  # in a checkpoint: what a stop rule goes back to
 _ANCHOR_STREAM = 0xA9C4_0125
-_CHECKPOINT_EVERY = 50  # a step here costs far more than one of supervised training
+_MASS_REQUESTS = 8  # of each rank, that `valid_mass` is estimated on
+_CHECKPOINT_SHARE = 0.05  # of the time: a step costs far more than one of supervised training, so that a checkpoint follows most of them
 
 
 def align_generator(
@@ -110,7 +113,7 @@ def align_generator(
     stage = Stage(kind="aligned", uri=uri, config=config, algorithm_version=ALGORITHM_VERSION, parents=parents, seed=config.seed, job="align_generator")
     if done := stage.current(force=force):
         return done
-    train = dataclasses.replace(train, cpus_per_worker=1, checkpoint_every_steps=min(train.checkpoint_every_steps, _CHECKPOINT_EVERY))
+    train = dataclasses.replace(train, cpus_per_worker=1)
     ensure_ray()
     cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     check_cluster(config, train, cluster)
@@ -133,8 +136,22 @@ def align_generator(
             actor.kill()
     with stage.write(num_workers=train.num_workers) as draft:
         shutil.copytree(exported, draft.path, dirs_exist_ok=True)
-        draft.row_counts["steps"] = int(json.loads((draft.path / "training.json").read_text())["steps_run"])
+        facts = json.loads((draft.path / "training.json").read_text())
+        draft.row_counts["steps"] = int(facts["steps_run"])
+    MetricLog(train.tracking_uri, train.tracking_run_id).tag(tags_of(facts))
     return stage.open()
+
+
+def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What MLflow's run is told of how an alignment ended, given its `training.json`."""
+    words = {"least": "at least", "most": "at most"}
+    return {
+        "alignment.stopped": facts["stopped"] or "no",
+        "alignment.broken_rules": ", ".join(facts["broken_rules"]) or "none",
+        "alignment.steps_run": str(facts["steps_run"]),
+        "alignment.kept_step": str(facts["kept_step"]),
+        **{f"alignment.limit.{metric}": f"{words[one['at']]} {one['limit']:.6g}" for metric, one in facts["stop_limits"].items()},
+    }
 
 
 def _with_pinned_ranker(config: AlignConfig, train: TrainSettings) -> AlignConfig:
@@ -200,18 +217,20 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             while experiences.submitted <= min(config.max_staleness, config.steps - 1 - step):
                 ahead = step + experiences.submitted
                 experiences.submit(ahead, draw_requests(eligible, seed=config.seed, step=ahead, count=batch))
-            experience = experiences.collect(step)
+            experience = experiences.collect()
         if worker.world_size > 1:
             experience = shared(experience, batch=batch, group=config.group_size, device=worker.device)
         assert experience is not None
         updating = time.monotonic()
         parts = update(step, experience)
+        sampled = rollout_health(experience.rollout, experience.rewards, head[experience.rollout.request_rows])
+        if config.support == "level":  # sampled without the trie
+            parts["valid_mass"] = sampled["valid_rate"]
         row = {
             "step": float(step),
-            **rollout_health(experience.rollout, experience.rewards, head[experience.rollout.request_rows]),
+            **sampled,
             **parts,
             "staleness": float(step - experience.rollout.version),
-            "dropped_rollouts": float(experience.dropped),
             "replaced_actors": float(replaced_before + experience.replaced),
             "seconds_experience": experience.seconds,
             "seconds_update": time.monotonic() - updating,
@@ -225,12 +244,12 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             break
         if rules.healthy:
             good_step, good_weights = step, weights
-            if worker.checkpoint_due(step):
+            if worker.checkpoint_due(step, max_share=_CHECKPOINT_SHARE):
                 worker.save({"step": (step + 1) * config.updates_per_rollout, **progress()}, functools.partial(_write_good_weights, good_weights))
     if reason is None and rules.healthy:
         good_step, good_weights = config.steps, weights_of(model)
     elif reason is None:
-        reason = "the last steps broke a stop rule: " + ", ".join(rule for rule, count in rules.breaches.items() if count)
+        reason = "the last steps broke a stop rule: " + ", ".join(rules.broken)
 
     def export(folder: Path) -> None:
         _load(model, good_weights)
@@ -241,6 +260,7 @@ def align_loop(loop_config: dict[str, Any]) -> None:
             "steps_run": step + 1,
             "kept_step": good_step,
             "stopped": reason,
+            "broken_rules": rules.broken,
             "stop_limits": {metric: {"limit": limit, "at": bound} for metric, (bound, limit) in rules.limits().items()},
             "seconds": round(time.monotonic() - started, 1),
             "replaced_actors": int(health[-1]["replaced_actors"]),
@@ -294,16 +314,22 @@ def _update(
         torch.tensor(weight, device=device),
         *anchors,
     )
-    sums: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    if config.support == "trie" and reference.guidance is None:
+        few = slice(_MASS_REQUESTS)
+        group = answers[few, : config.group_size]
+        foreign = batch[6][few] | (group[..., 0] < 0)
+        assert isinstance(worker.model, Decoder)
+        means["valid_mass"] = valid_mass(worker.model, asked.take(few), group, foreign, [level[few] for level in levels])
     for _ in range(config.updates_per_rollout):
         loss, parts = worker.loss(*batch)
         worker.step(loss)
-        sums = {name: sums.get(name, torch.zeros((), device=device)) + value.float() for name, value in parts.items()}
-    values = torch.stack(list(sums.values())) / config.updates_per_rollout
+        means |= {name: means.get(name, torch.zeros((), device=device)) + value.float() / config.updates_per_rollout for name, value in parts.items()}
+    values = torch.stack(list(means.values()))
     if worker.world_size > 1:
         torch.distributed.all_reduce(values)
         values /= worker.world_size
-    return {**dict(zip(sums, values.tolist(), strict=True)), "expert_weight": weight}
+    return {**dict(zip(means, values.tolist(), strict=True)), "expert_weight": weight}
 
 
 @torch.no_grad()

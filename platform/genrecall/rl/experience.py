@@ -55,7 +55,6 @@ class Experience:
 
     rollout: Rollout
     rewards: Rewards
-    dropped: int  # rollouts thrown away because they were older than allowed
     replaced: int  # actors replaced so far
     seconds: float  # waited for it
 
@@ -77,7 +76,7 @@ class Experiences:
         self._supervisor = Supervisor(timeout_s=config.actor_timeout_s)
         self._pool = RolloutPool(rollout_actors(config, loop_config), self._supervisor)
         self._reward = reward_actor(config, loop_config)
-        self._under_way: deque[tuple[int, NDArray[np.int64], Any]] = deque()
+        self._under_way: deque[Any] = deque()
 
     def publish(self, version: int, weights: Mapping[str, NDArray[np.float32]]) -> None:
         """Rollouts submitted from now on use these weights."""
@@ -85,24 +84,20 @@ class Experiences:
 
     def submit(self, step: int, rows: NDArray[np.int64]) -> None:
         """Start the rollouts of a step."""
-        self._under_way.append((step, rows, self._pool.submit(self.tasks(step, rows))))
+        self._under_way.append(self._pool.submit(self.tasks(step, rows)))
 
     @property
     def submitted(self) -> int:
         """Steps under way."""
         return len(self._under_way)
 
-    def collect(self, version: int) -> Experience:
-        """The oldest step under way, with rewards; sampled again when it is older than allowed."""
+    def collect(self) -> Experience:
+        """The oldest step under way, with rewards; its rollouts are of the weights that were published when it was submitted."""
         started = time.monotonic()
-        step, rows, calls = self._under_way.popleft()
-        rollout, dropped = self._pool.collect(calls), 0
-        if version - rollout.version > self._config.max_staleness:
-            dropped = len(rows)
-            rollout = self._pool.collect(self._pool.submit(self.tasks(step, rows)))
+        rollout = self._pool.collect(self._under_way.popleft())
         call = self._supervisor.call(self._reward, lambda handle: handle.score.remote(rollout.request_rows, rollout.sid_rows))
         rewards: Rewards = self._supervisor.result(call)
-        return Experience(rollout, rewards, dropped, self._supervisor.replaced, time.monotonic() - started)
+        return Experience(rollout, rewards, self._supervisor.replaced, time.monotonic() - started)
 
     def tasks(self, step: int, rows: NDArray[np.int64]) -> list[RolloutTask]:
         """The step's requests cut into calls of fixed size."""
@@ -134,15 +129,13 @@ def shared(experience: Experience | None, *, batch: int, group: int, device: tor
         ((batch, group), torch.uint8),
         ((batch, group), torch.float32),
         ((batch, group), torch.int8),
-        ((6,), torch.float64),
+        ((5,), torch.float64),
     ]
     if experience is None:
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
     else:
         rollout, rewards = experience.rollout, experience.rewards
-        numbers = np.array(
-            [rollout.version, rollout.stale_experts, experience.dropped, experience.replaced, rewards.failed_calls, experience.seconds], dtype=np.float64
-        )
+        numbers = np.array([rollout.version, rollout.stale_experts, experience.replaced, rewards.failed_calls, experience.seconds], dtype=np.float64)
         arrays = [
             rollout.request_rows,
             rollout.tokens,
@@ -157,6 +150,6 @@ def shared(experience: Experience | None, *, batch: int, group: int, device: tor
     for tensor in tensors:
         torch.distributed.broadcast(tensor, src=0)
     rows, tokens, sids, log_probs, experts, values, tiers, scalars = (tensor.cpu().numpy() for tensor in tensors)
-    version, stale, dropped, replaced, failed = (int(number) for number in scalars[:5])
+    version, stale, replaced, failed = (int(number) for number in scalars[:4])
     rollout = Rollout(version, rows, tokens, sids, log_probs, experts.astype(bool), stale)
-    return Experience(rollout, Rewards(values, tiers, failed), dropped, replaced, float(scalars[5]))
+    return Experience(rollout, Rewards(values, tiers, failed), replaced, float(scalars[4]))

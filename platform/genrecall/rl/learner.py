@@ -26,7 +26,17 @@ from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.rl.advantage import group_advantages, has_spread
 from genrecall.rl.feedback import CLICKED, TIER_NAMES
-from genrecall.rl.policy_loss import answer_entropy, clipped_objective, entropy, exact_kl, mean_over_samples, open_groups, ratio_one_for, sft_anchor
+from genrecall.rl.policy_loss import (
+    answer_entropy,
+    clipped_objective,
+    entropy,
+    exact_kl,
+    inside_mass,
+    mean_over_samples,
+    open_groups,
+    ratio_one_for,
+    sft_anchor,
+)
 from genrecall.rl.reward import Rewards
 from genrecall.rl.rollout import Rollout
 from genrecall.sid.semantic_id import SidTable
@@ -146,6 +156,20 @@ def alignment_loss(
     return loss, {name: value.detach() for name, value in parts.items()}
 
 
+@torch.no_grad()
+def valid_mass(model: Decoder, prompts: Prompts, answers: Tensor, foreign: Tensor, trie_levels: Sequence[Tensor]) -> Tensor:
+    """The probability that an answer sampled without the trie is a SID, estimated from answers that were sampled with it: scalar.
+
+    Only of a decoder without guidance: a guided one has no score for what is no SID.
+
+    Args:
+        answers: int64 [B, G, 3]. foreign: bool [B, G], those that the policy did not sample: experts and missing ones.
+        trie_levels: any decoder's log-probabilities [B, 1, A1], [B, G, A2], [B, G, A3] of these answers under support "trie": -inf outside it.
+    """
+    levels = group_log_probs(model, prompts, answers, support="level", return_level_log_probs=True).levels
+    return mean_over_samples(inside_mass(levels, [level.isfinite() for level in trie_levels]), foreign)
+
+
 def draw_requests(eligible: NDArray[np.int64], *, seed: int, step: int, count: int) -> NDArray[np.int64]:
     """The request rows of a step: `count` different ones of `eligible`, from (seed, step) alone."""
     return np.random.default_rng((seed, 3, step)).choice(eligible, size=count, replace=False)
@@ -210,7 +234,7 @@ def rollout_health(rollout: Rollout, rewards: Rewards, head: NDArray[np.bool_]) 
         "reward": _mean(rewards.values[own & finite]),
         "group_reward": _mean(rewards.values[finite]),
         "valid_rate": float((rollout.sid_rows[own] >= 0).mean()) if own.any() else 0.0,
-        "unique_sids": float(np.mean([len({*row.tolist()} - {-1}) for row in rollout.sid_rows])),
+        "unique_sids": float(np.mean([len({*sids[mine].tolist()} - {-1}) for sids, mine in zip(rollout.sid_rows, own, strict=True)])),
         "zero_spread": float((~has_spread(values)).float().mean()),
         "empty_groups": float((~finite.any(axis=1)).mean()),
         "unusable_rewards": float((~finite & there).sum() / max(1, there.sum())),

@@ -10,6 +10,7 @@ Shapes: B requests, G answers per request, L = 3 levels, A codes of a level. Log
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,22 @@ def entropy(log_policy: Tensor) -> Tensor:
     inside = torch.isfinite(log_policy)
     log_p = log_policy.masked_fill(~inside, 0.0)
     return -(log_p.exp() * log_p).masked_fill(~inside, 0.0).sum(dim=-1)
+
+
+def inside_mass(levels: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
+    """What a policy over whole alphabets gives to codes inside a support, along each answer: the product over its levels, [B, G].
+
+    The mean of it over answers drawn within the support is the probability that an answer drawn without it lies inside, an answer drawn within having the
+    probability p / inside_mass, where p is that over whole alphabets.
+
+    Args:
+        levels: [B, G or 1, A1].. log-probabilities over whole alphabets, at the answers' prefixes. inside: bool, beside them.
+    """
+    shares = [level.exp().masked_fill(~codes, 0.0).sum(dim=-1) for level, codes in zip(levels, inside, strict=True)]
+    product = shares[0]
+    for share in shares[1:]:
+        product = product * share
+    return product
 
 
 def sft_anchor(log_probs: Tensor, present: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+_COLLAPSED = {"unique_sids": 1.0}
+"""What a metric comes to where all is lost, if that is not 0: a group that repeats one answer has one SID, which no share of a baseline below 4 would call too few."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopConfig:
@@ -18,8 +21,8 @@ class StopConfig:
     enabled: bool = True
     patience: int = 5
     baseline_steps: int = 5  # the first steps, whose mean b the relative bounds refer to: a share s of it allows b - (1 - s) |b|, so s * b where b is positive
-    min_valid_rate: float = 0.2  # share of the policy's own samples that are SIDs, relative to the baseline
-    min_unique_sids: float = 0.25  # distinct SIDs per group, relative to the baseline
+    min_valid_mass: float = 0.2  # probability that an answer sampled without the trie is a SID, relative to the baseline; nothing of guided decoders
+    min_unique_sids: float = 0.25  # distinct SIDs among a group's own samples beyond the first one, relative to the baseline
     min_entropy: float = 0.25  # of each level, relative to the baseline
     max_kl: float = 1.0  # nats per level, to the reference
     min_reward: float = 0.5  # mean reward of the policy's own samples, relative to the baseline
@@ -27,7 +30,7 @@ class StopConfig:
 
     def problems(self) -> list[str]:
         found = [f"{name}: expected at least 1, got {getattr(self, name)}" for name in ("patience", "baseline_steps") if getattr(self, name) < 1]
-        relative = ("min_valid_rate", "min_unique_sids", "min_entropy", "min_reward", "max_unusable_rewards")
+        relative = ("min_valid_mass", "min_unique_sids", "min_entropy", "min_reward", "max_unusable_rewards")
         found += [f"{name}: expected a share between 0 and 1, got {getattr(self, name)}" for name in relative if not 0 <= getattr(self, name) <= 1]
         if self.max_kl <= 0:
             found.append(f"max_kl: expected a positive number of nats, got {self.max_kl}")
@@ -44,12 +47,14 @@ class StopRules:
     breaches: dict[str, int] = field(default_factory=dict)
 
     def observe(self, health: Mapping[str, float]) -> str | None:
-        """Take in one step's health; the reason to stop, or None. A step without any reward says nothing of its height and breaks no rule about that.
+        """Take in one step's health; the reason to stop, or None. A step without any reward says nothing of its height and breaks no rule about that,
+        nor does one without `valid_mass`, which guided decoders do not have.
 
         Raises:
-            KeyError: a watched metric is missing from `health`.
+            KeyError: another watched metric is missing from `health`.
         """
-        rules = [rule for rule in self._rules() if rule[1] != "reward" or math.isfinite(health["reward"])]
+        silent = {name for name, says in (("reward", math.isfinite(health["reward"])), ("valid_mass", "valid_mass" in health)) if not says}
+        rules = [rule for rule in self._rules() if rule[1] not in silent]
         for _, metric, _, _ in rules:
             seen = self.seen.get(metric, 0)
             if seen < self.config.baseline_steps and math.isfinite(health[metric]):
@@ -78,7 +83,12 @@ class StopRules:
     @property
     def healthy(self) -> bool:
         """Whether the last step observed broke no rule."""
-        return not any(self.breaches.values())
+        return not self.broken
+
+    @property
+    def broken(self) -> list[str]:
+        """The rules that the last step observed broke."""
+        return [rule for rule, count in self.breaches.items() if count]
 
     def state(self) -> dict[str, object]:
         """JSON-able; pass it back as keyword arguments."""
@@ -88,13 +98,13 @@ class StopRules:
         if kind == "most":
             return bound
         baseline = self.baseline.get(metric, math.nan)
-        return baseline - (1.0 - bound) * abs(baseline)
+        return baseline - (1.0 - bound) * abs(baseline - _COLLAPSED.get(metric, 0.0))
 
     def _rules(self) -> list[tuple[str, str, float, str]]:
         c = self.config
         relative = "least_of_baseline"
         return [
-            ("valid_answers", "valid_rate", c.min_valid_rate, relative),
+            ("valid_answers", "valid_mass", c.min_valid_mass, relative),
             ("diverse_groups", "unique_sids", c.min_unique_sids, relative),
             *[(f"entropy_{level}", f"entropy_{level}", c.min_entropy, relative) for level in (1, 2, 3)],
             ("near_reference", "kl", c.max_kl, "most"),

@@ -40,7 +40,7 @@ def test_curves_are_drawn_with_the_bounds_of_their_stop_rules(drawn) -> None:
         "Samples by reward tier",
         "Different SIDs per group",
         "KL to the reference",
-        "Actors replaced, rollouts dropped, ranker calls failed",
+        "Actors replaced, ranker calls failed, staleness",
     ]
     curve, bound = panels["KL to the reference"].lines
     assert list(curve.get_ydata()) == pytest.approx([0.0, 0.1, 0.2])

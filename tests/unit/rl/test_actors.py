@@ -49,12 +49,16 @@ def test_pool_size_changes_nothing_and_a_killed_actor_is_replaced(ray_cluster, t
         assert supervisor.replaced == 0
 
         calls = pair.submit(tasks)
+        pair.publish(1, {name: 0 * value for name, value in weights.items()})
         actors[1].kill()  # with its task perhaps under way
         again = pair.collect(calls)
         assert np.array_equal(again.tokens, by_two.tokens)
+        assert again.version == 0  # a call that is made again keeps its weights
+        pair.publish(2, weights)
         ray.kill(actors[1].handle)  # behind the pool's back: its next call finds out
         after = pair.collect(pair.submit(tasks))
         assert np.array_equal(after.tokens, by_two.tokens)
+        assert after.version == 2
         assert supervisor.replaced >= 1
     finally:
         for actor in actors:

@@ -362,6 +362,8 @@ def test_whole_steps_are_taken_over_from_the_benchmark_that_times_them(bench: Mo
     found = [record for record in json.loads((output / "eg_grpo.json").read_text()) if record["table"] == "throughput"]
     assert found == [{"table": "throughput", "row": "16 prompts", "metric": "step_speedup_vs_trl_style", "dataset": "synthetic", "seeds": 1, **figures}]
     assert set(found[0]) == KEYS
+    bench.collect(bench.GRID, ["home_depot"], [0], tmp_path / "nowhere", output)  # without any cell they are taken over all the same
+    assert [record for record in json.loads((output / "eg_grpo.json").read_text()) if record["table"] == "throughput"] == found
 
 
 def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
@@ -408,18 +410,34 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
 
 
 @pytest.mark.parametrize(
-    ("clk", "pvr", "verdict"),
-    [((0.001, 0.02), (-0.002, 0.001), "met"), ((-0.001, 0.02), (0.0, 0.001), "not met"), ((0.001, 0.02), (-0.004, 0.001), "not met")],
+    ("dataset", "clk", "pvr", "verdict"),
+    [
+        ("marketplace", (0.001, 0.02), (-0.002, 0.001), "met"),
+        ("marketplace", (-0.001, 0.02), (0.0, 0.001), "not met"),
+        ("marketplace", (0.001, 0.02), (-0.004, 0.001), "not met"),
+        ("home_depot", (-0.009, 0.02), (-0.008, 0.001), "met"),  # no gain is asked, and a loss of less than a hundredth is none
+        ("home_depot", (-0.011, 0.02), (0.001, 0.002), "not met"),
+        ("home_depot", (0.001, 0.02), (-0.011, 0.001), "not met"),
+        ("home_depot", (0.001, 0.02), (None, None), "not measured"),
+    ],
 )
-def test_bar_asks_more_clicks_and_no_loss_of_exposure(tables: ModuleType, clk: tuple[float, float], pvr: tuple[float, float], verdict: str) -> None:
-    common = {"table": "alignment", "dataset": "marketplace", "seeds": 3, "command": "python", "commit": "abc1234"}
+def test_bar_asks_more_clicks_of_the_marketplace_and_no_loss_of_home_depot(
+    tables: ModuleType, dataset: str, clk: tuple[float, float], pvr: tuple[float | None, float | None], verdict: str
+) -> None:
+    common = {"table": "alignment", "dataset": dataset, "seeds": 3, "command": "python", "commit": "abc1234"}
     bounds = dict.fromkeys(("clk@1", "clk@10"), clk) | dict.fromkeys(("exp@1", "exp@10", "pvr@10"), pvr)
     records = [common | {"row": row, "metric": metric, "value": 0.5, "low": None, "high": None} for row in ("stage3", "eg_grpo_k2") for metric in bounds]
     records += [
         common | {"row": "eg_grpo_k2", "metric": f"{metric}_gain_vs_stage3", "value": 0.001, "low": low, "high": high} for metric, (low, high) in bounds.items()
     ]
-    line = next(line for line in tables.markdown(records).splitlines() if line.startswith("| EG-GRPO, K = 2 |") and "%" in line)
+    text = tables.markdown(records)
+    line = next(line for line in text.splitlines() if line.startswith("| EG-GRPO, K = 2 |") and line.count("|") == 9)
     assert line.endswith(f"| {verdict} |")
+    said = {
+        "marketplace": "(bar: lower bounds above 0 % for clk@1, clk@10; -0.3 % for exp@1, exp@10, pvr@10)",
+        "home_depot": "(bar: lower bounds above -1 % for clk@1, clk@10, exp@1, exp@10, pvr@10)",
+    }
+    assert f"Paired gains over stage 3 {said[dataset]}:" in text
 
 
 def test_unknown_row_and_tuning_on_home_depot_are_refused(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

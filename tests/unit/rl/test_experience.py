@@ -72,12 +72,12 @@ def test_shared_experience_keeps_every_value(toy, monkeypatch):
     rewards = Rewards(np.array([[0.5, np.nan, 1.0, 0.0]] * 3, dtype=np.float32), np.full((3, 4), 2, dtype=np.int8), failed_calls=2)
     sent: list[torch.Tensor] = []
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append(tensor.clone()))
-    on_rank_0 = shared(Experience(rollout, rewards, 3, 1, 2.5), batch=3, group=4, device=torch.device("cpu"))
+    on_rank_0 = shared(Experience(rollout, rewards, 1, 2.5), batch=3, group=4, device=torch.device("cpu"))
     waiting = iter(sent.copy())
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.copy_(next(waiting)))
     on_rank_1 = shared(None, batch=3, group=4, device=torch.device("cpu"))
     for got in (on_rank_0, on_rank_1):
-        assert (got.dropped, got.replaced, got.seconds, got.rollout.version) == (3, 1, 2.5, -1)
+        assert (got.replaced, got.seconds, got.rollout.version) == (1, 2.5, -1)
         for name in ("request_rows", "tokens", "sid_rows", "log_probs", "experts"):
             np.testing.assert_array_equal(getattr(got.rollout, name), getattr(rollout, name))
         np.testing.assert_array_equal(got.rewards.values, rewards.values)
@@ -140,14 +140,14 @@ def test_actors_that_die_in_the_middle_of_their_work_change_nothing_and_are_coun
         for step in range(3):
             built.publish(step, weights)
             built.submit(step, np.array([3, 1, 0]))
-            got = built.collect(step)
+            got = built.collect()
             expected = Rollout.joined([worker.sample(step, weights, task) for task in built.tasks(step, np.array([3, 1, 0]))])
             assert got.rollout.version == step
             for name in ("request_rows", "tokens", "sid_rows", "log_probs", "experts"):
                 np.testing.assert_array_equal(getattr(got.rollout, name), getattr(expected, name))
             np.testing.assert_array_equal(got.rewards.values, scorer.score(expected.request_rows, expected.sid_rows).values)
-            seen.append((got.replaced, got.dropped))
-        assert seen == [(1, 0), (2, 0), (2, 0)]  # the rollout actor at its second task, the reward actor at its second batch
+            seen.append(got.replaced)
+        assert seen == [1, 2, 2]  # the rollout actor at its second task, the reward actor at its second batch
         assert len((tmp_path / "rewards").read_text()) == 4  # three batches, one of them twice
     finally:
         for actor in (*pool, rewards):

@@ -75,7 +75,7 @@ class Plain:
     def log(self, step, metrics):
         pass
 
-    def checkpoint_due(self, step):
+    def checkpoint_due(self, step, *, max_share):
         return True
 
     def save(self, state, write=None):
@@ -176,6 +176,12 @@ def assert_same(one: Path, other: Path) -> None:
     assert (facts["steps_run"], facts["kept_step"], facts["stopped"]) == (other_facts["steps_run"], other_facts["kept_step"], other_facts["stopped"])
 
 
+def run_again(run) -> Path:
+    """A synchronous run from the start."""
+    Plain.checkpoint = None
+    return run()
+
+
 def started_from(untrained_line) -> dict[str, np.ndarray]:
     return load_file(untrained_line.parts()["generator"].file("stage3") / "model.safetensors")
 
@@ -219,7 +225,7 @@ def test_a_run_that_collapses_after_its_restart_keeps_the_weights_that_were_good
     def no_rewards_from_the_third_step_on(step, scored):
         return scored if step < 2 else Rewards(np.full_like(scored.values, np.nan), scored.tiers)
 
-    stop = StopConfig(patience=2, baseline_steps=1, min_reward=0.0, min_entropy=0.0, min_unique_sids=0.0, min_valid_rate=0.0, max_kl=100.0)
+    stop = StopConfig(patience=2, baseline_steps=1, min_reward=0.0, min_entropy=0.0, min_unique_sids=0.0, min_valid_mass=0.0, max_kl=100.0)
     undisturbed = run(no_rewards_from_the_third_step_on, stop=stop)
     _, rows, facts = outcome(undisturbed)
     assert [row["unusable_rewards"] for row in rows] == [0.0, 0.0, 1.0, 1.0]
@@ -231,11 +237,38 @@ def test_a_run_that_collapses_after_its_restart_keeps_the_weights_that_were_good
     assert json.loads(Plain.checkpoint["state"])["rollout_step"] == 2
     assert_same(run(no_rewards_from_the_third_step_on, stop=stop), undisturbed)
     assert facts["stop_limits"]["unusable_rewards"] == {"limit": 0.5, "at": "most"}
+    tags = eg_grpo.tags_of(facts)
+    assert tags["alignment.stopped"] == facts["stopped"]
+    assert (tags["alignment.broken_rules"], tags["alignment.steps_run"], tags["alignment.kept_step"]) == ("usable_rewards", "4", "1")
+    assert (tags["alignment.limit.unusable_rewards"], tags["alignment.limit.kl"]) == ("at most 0.5", "at most 100")
+    assert {name.rpartition(".")[2] for name in tags if name.startswith("alignment.limit.")} == set(facts["stop_limits"])
 
 
 def test_the_ratio_of_a_policy_to_itself_is_one(run):
     _, rows, _ = outcome(run())  # fresh rollouts and one update a step
     assert [row["ratio"] for row in rows] == pytest.approx([1.0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("max_staleness", [1, 2, 9])
+def test_asynchronous_rollouts_are_as_many_updates_old_as_allowed_and_no_more(run, max_staleness):
+    asked = run(max_staleness=max_staleness)
+    _, rows, facts = outcome(asked)
+    assert [row["staleness"] for row in rows] == [min(step, max_staleness) for step in range(4)]
+    assert facts["stopped"] is None
+    assert rows[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert all(abs(row["ratio"] - 1.0) > 1e-4 for row in rows[1:])  # of weights to older ones
+    assert all(np.isfinite(row[name]) for row in rows for name in ("reward", "policy_loss", "kl", "clip_fraction"))
+    assert any(not np.array_equal(one, other) for one, other in zip(outcome(asked)[0].values(), outcome(run_again(run))[0].values(), strict=True))
+
+
+def test_an_asynchronous_run_that_dies_samples_again_what_was_under_way(run):
+    Plain.dies_before_update = 2
+    with pytest.raises(Killed):
+        run(max_staleness=2)
+    _, rows, facts = outcome(run(max_staleness=2))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["staleness"] for row in rows] == [0, 1, 0, 1]
+    assert facts["restarts"] == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.5])
@@ -290,3 +323,4 @@ def test_stale_experts_are_left_out_and_counted(run, monkeypatch):
     assert all(row["stale_experts"] > 0 for row in rows)
     assert [row["expert_share"] for row in rows] == [0.0, 0.0]
     assert [row["valid_rate"] for row in rows] == [1.0, 1.0]
+    assert "valid_mass" not in rows[0]  # of a guided decoder

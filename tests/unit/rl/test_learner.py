@@ -11,7 +11,7 @@ from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.rl.advantage import group_advantages
 from genrecall.rl.feedback import CLICKED, EXPOSED, INVALID, VALID
-from genrecall.rl.learner import ObjectiveConfig, alignment_loss, draw_requests, frequent_queries, rollout_health
+from genrecall.rl.learner import ObjectiveConfig, alignment_loss, draw_requests, frequent_queries, rollout_health, valid_mass
 from genrecall.rl.reward import RewardConfig, RewardModel, Rewards
 from genrecall.rl.rollout import Rollout, RolloutConfig, RolloutWorker, weights_of
 from genrecall.sid.index import SidIndex
@@ -303,7 +303,7 @@ def test_health_of_a_step_by_hand():
     assert health["reward"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.1) / 4)  # the fifth sample has none
     assert health["group_reward"] == pytest.approx((0.5 + 0.5 + 1.0 + 0.0 + 0.1) / 5)
     assert health["valid_rate"] == pytest.approx(4 / 5)
-    assert health["unique_sids"] == pytest.approx((2 + 1) / 2)
+    assert health["unique_sids"] == pytest.approx((1 + 1) / 2)  # the policy repeats 4 beside its expert, and 2 beside what is no SID
     assert health["zero_spread"] == 0.0
     assert health["unusable_rewards"] == pytest.approx(1 / 6)
     assert health["expert_share"] == pytest.approx(1 / 6)
@@ -334,6 +334,19 @@ def test_health_leaves_missing_places_out_and_counts_groups_without_a_reward():
     assert health["unusable_rewards"] == pytest.approx(2 / 6)
     assert health["zero_spread"] == pytest.approx(2 / 3)
     assert health["tier_invalid"] == 0.0
+
+
+def test_mass_on_sids_is_found_from_samples_of_the_trie(toy):
+    """Weighted by the probability that the trie gives them, the twelve SIDs' inside masses come to the sum of their probabilities without it."""
+    prompts, sids = toy.prompts([0]), torch.from_numpy(toy.sid_tokens).long()[None]
+    with torch.no_grad():
+        without = group_log_probs(toy.model, prompts, sids, support="level").sum(-1).exp()[0]
+        within = group_log_probs(toy.model, prompts, sids, support="trie", trie=toy.trie, return_level_log_probs=True)
+    probabilities = within.log_probs.sum(-1).exp()[0]
+    masses = [float(valid_mass(toy.model, prompts, sids, torch.arange(12)[None] != sid, within.levels)) for sid in range(12)]
+    assert float(probabilities.sum()) == pytest.approx(1.0)
+    assert 0.05 < float(without.sum()) < 0.5  # twelve of 64 answers, of a decoder that knows nothing
+    assert float((probabilities * torch.tensor(masses)).sum()) == pytest.approx(float(without.sum()), abs=1e-5)
 
 
 def test_impossible_objectives_are_listed_together():

@@ -111,6 +111,13 @@ def test_entropy_of_a_uniform_level_is_the_log_of_its_size():
     assert policy_loss.entropy(torch.tensor([0.0, -torch.inf])).item() == 0.0
 
 
+def test_mass_inside_a_support_is_the_product_of_the_levels_shares():
+    # One prompt, two answers. Level 1 (shared): 0.8 inside. Level 2: 0.5 and all. Level 3: 0.25 and 0.1.
+    levels = [torch.tensor(one).log() for one in ([[[0.5, 0.3, 0.2]]], [[[0.5, 0.5], [0.9, 0.1]]], [[[0.25, 0.75], [0.9, 0.1]]])]
+    inside = [torch.tensor(one) for one in ([[[True, True, False]]], [[[True, False], [True, True]]], [[[True, False], [False, True]]])]
+    torch.testing.assert_close(policy_loss.inside_mass(levels, inside), torch.tensor([[0.8 * 0.5 * 0.25, 0.8 * 1.0 * 0.1]]))
+
+
 def test_anchor_is_the_mean_negative_log_probability_of_present_answers():
     log_probs = torch.tensor([[[-1.0, -2.0, -3.0]], [[-9.0, -9.0, -9.0]]])
     assert policy_loss.sft_anchor(log_probs, torch.tensor([[True], [False]])).item() == pytest.approx(2.0)

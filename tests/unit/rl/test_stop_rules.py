@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from genrecall.config import ConfigError, from_dict
+from genrecall.rl.feedback import CLICKED, VALID
+from genrecall.rl.learner import rollout_health
+from genrecall.rl.reward import Rewards
+from genrecall.rl.rollout import Rollout
 from genrecall.rl.stop_rules import StopConfig, StopRules
 
 HEALTHY = {
-    "valid_rate": 0.8,
+    "valid_mass": 0.8,
     "unique_sids": 6.0,
     "entropy_1": 3.0,
     "entropy_2": 2.0,
@@ -39,8 +44,8 @@ def test_healthy_run_goes_on():
 @pytest.mark.parametrize(
     ("metric", "value", "rule"),
     [
-        ("valid_rate", 0.1, "valid_answers"),  # below 0.2 * 0.8
-        ("unique_sids", 1.0, "diverse_groups"),  # below 0.25 * 6
+        ("valid_mass", 0.1, "valid_answers"),  # below 0.2 * 0.8
+        ("unique_sids", 2.0, "diverse_groups"),  # below 1 + 0.25 * (6 - 1)
         ("entropy_2", 0.4, "entropy_2"),  # below 0.25 * 2
         ("kl", 1.5, "near_reference"),
         ("reward", 0.1, "reward_holds"),  # below 0.5 * 0.4
@@ -53,6 +58,27 @@ def test_each_collapse_stops_the_run_with_its_reason(metric, value, rule):
     first, second = run(fresh(), sick, sick)
     assert first is None
     assert second.startswith(f"{rule}: {metric} was")
+
+
+def sampled(own: list[list[int]]) -> dict[str, float]:
+    """The health of groups of eight: six samples of the policy and two experts, SIDs 90 and 91."""
+    rows = np.array([[*sids, 90, 91] for sids in own], dtype=np.int32)
+    experts = np.tile(np.arange(8) >= 6, (len(rows), 1))
+    rollout = Rollout(0, np.arange(len(rows)), np.zeros((*rows.shape, 3), dtype=np.int32), rows, np.zeros((*rows.shape, 3), dtype=np.float32), experts, 0)
+    rewards = Rewards(np.where(experts, 1.0, 0.1).astype(np.float32), np.where(experts, CLICKED, VALID).astype(np.int8))
+    return {**HEALTHY, **rollout_health(rollout, rewards, np.ones(len(rows), dtype=bool)), "reward": HEALTHY["reward"]}
+
+
+def test_a_policy_that_repeats_one_sid_beside_experts_is_stopped_and_a_diverse_one_is_not():
+    diverse = sampled([[1, 2, 3, 3, 3, 3], [4, 4, 4, 5, 6, 4]])  # three different ones each
+    repeating = sampled([[1] * 6, [4] * 6])
+    assert (diverse["unique_sids"], repeating["unique_sids"]) == (3.0, 1.0)
+    rules = StopRules(StopConfig(patience=2, baseline_steps=2))
+    assert run(rules, *[diverse] * 10) == [None] * 10
+    assert rules.limits()["unique_sids"] == ("least", 1.5)  # 1 + 0.25 * (3 - 1)
+    less = sampled([[1, 2, 1, 1, 1, 1], [4, 5, 4, 4, 4, 4]])
+    assert run(rules, *[less] * 10) == [None] * 10
+    assert run(rules, repeating, repeating) == [None, "diverse_groups: unique_sids was 1, below its bound 1.5, for 2 steps in a row"]
 
 
 def test_reason_names_value_bound_and_steps():
@@ -77,6 +103,15 @@ def test_a_step_without_a_reward_says_nothing_of_its_height():
     assert rules.healthy
     sick = {**HEALTHY, "reward": 0.1}
     assert run(rules, sick, without, sick)[2].startswith("reward_holds: reward was 0.1")
+
+
+def test_a_guided_run_has_no_mass_outside_the_trie_and_a_rule_less():
+    guided = {name: value for name, value in HEALTHY.items() if name != "valid_mass"}
+    rules = StopRules(StopConfig(patience=2, baseline_steps=2))
+    assert run(rules, *[guided] * 10) == [None] * 10
+    assert set(rules.limits()) == set(guided)
+    with pytest.raises(KeyError, match="kl"):
+        rules.observe({name: value for name, value in guided.items() if name != "kl"})
 
 
 def test_recovery_resets_the_patience():
