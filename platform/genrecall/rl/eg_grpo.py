@@ -295,6 +295,7 @@ def _update(
     rows = rollout.request_rows[mine]
     asked = prompts.of(rows).to(device)
     answers = torch.tensor(rollout.tokens[mine], dtype=torch.int64, device=device)
+    experts = torch.tensor(rollout.experts[mine], device=device)
     levels = _reference_levels(reference, asked, answers, config, trie)
     anchors: tuple[Tensor, ...] = ()
     if config.objective.sft_anchor_weight:
@@ -309,7 +310,7 @@ def _update(
         answers,
         torch.tensor(rollout.log_probs[mine], device=device),
         torch.tensor(experience.rewards.values[mine], device=device),
-        torch.tensor(rollout.experts[mine], device=device),
+        experts,
         levels,
         torch.tensor(weight, device=device),
         *anchors,
@@ -318,7 +319,7 @@ def _update(
     if config.support == "trie" and reference.guidance is None:
         few = slice(_MASS_REQUESTS)
         group = answers[few, : config.group_size]
-        foreign = batch[6][few] | (group[..., 0] < 0)
+        foreign = experts[few] | (group[..., 0] < 0)
         assert isinstance(worker.model, Decoder)
         means["valid_mass"] = valid_mass(worker.model, asked.take(few), group, foreign, [level[few] for level in levels])
     for _ in range(config.updates_per_rollout):

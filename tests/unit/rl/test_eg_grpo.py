@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -12,13 +13,15 @@ import pytest
 import torch
 
 from genrecall.generator.guidance import Lexicon
+from genrecall.generator.log_probs import group_log_probs
 from genrecall.ranking.ranker import RankerError
 from genrecall.rl import eg_grpo
 from genrecall.rl.align_config import AlignConfig, AlignError
 from genrecall.rl.eg_grpo import align_generator
+from genrecall.rl.experience import Experience
 from genrecall.rl.learner import ObjectiveConfig
-from genrecall.rl.reward import RewardConfig
-from genrecall.rl.rollout import weights_of
+from genrecall.rl.reward import RewardConfig, Rewards
+from genrecall.rl.rollout import RolloutWorker, weights_of
 from genrecall.train_worker import TrainSettings
 
 
@@ -62,6 +65,40 @@ def test_pickled_ranker_of_the_registry_is_refused_before_ray_starts(registry, t
     trusted = dataclasses.replace(reward, trust_pickles=True)
     pinned = eg_grpo._with_pinned_ranker(AlignConfig(reward=trusted), TrainSettings(tracking_uri=mlflow.get_tracking_uri()))
     assert pinned.reward.ranker_uri == "models:/ours/1"
+
+
+class Still:
+    """A learner whose loss is 1 and whose steps change nothing."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def loss(self, *batch):
+        return torch.ones(()), {"kl": torch.tensor(0.25)}
+
+    def step(self, loss):
+        pass
+
+
+@pytest.mark.parametrize(("world", "anchor"), [("toy", 0.0), ("toy", 1.0), ("guided_toy", 0.0)])
+def test_updates_of_an_unguided_policy_say_its_mass_on_sids(request, world, anchor):
+    world = request.getfixturevalue(world)
+    objective = ObjectiveConfig(sft_anchor_weight=anchor)
+    config = AlignConfig(group_size=4, num_experts=1, updates_per_rollout=2, objective=objective)
+    rollout = RolloutWorker(world.model, world.trie, config.rollout_config()).sample(world.task(range(6)))
+    experience = Experience(rollout, Rewards(np.ones((6, 4), dtype=np.float32), np.ones((6, 4), dtype=np.int8)), 0, 0.0)
+    prompts = SimpleNamespace(of=world.prompts)
+    parts = eg_grpo._update(config, Still(world.model), world.model, world.trie, prompts, world.feedback, world.sid_tokens, 0, experience)
+    assert parts["kl"] == 0.25  # the mean over both updates
+    if world.soft is not None:
+        assert "valid_mass" not in parts
+        return
+    with torch.no_grad():
+        sids = torch.from_numpy(world.sid_tokens).long().expand(6, -1, -1)
+        exact = group_log_probs(world.model, world.prompts(range(6)), sids, support="level").sum(-1).exp().sum(1).mean()
+    assert parts["valid_mass"] == pytest.approx(float(exact), rel=0.3)  # from three samples of each of six requests
 
 
 def test_anchors_are_logged_sids_drawn_by_tier(toy):
