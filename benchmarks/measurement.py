@@ -161,3 +161,14 @@ def write_tables(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     tables = {record["table"] for record in records}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([record for record in kept if record["table"] not in tables] + list(records), indent=1) + "\n")
+
+
+_KEY = ("table", "row", "metric", "batch", "beam", "threads")
+
+
+def merge_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records into a file: those of the same table, row, metric, batch, beam and threads are replaced, others stay, as where a part was measured again."""
+    kept = json.loads(path.read_text()) if path.exists() else []
+    fresh = {tuple(record[name] for name in _KEY) for record in records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([record for record in kept if tuple(record[name] for name in _KEY) not in fresh] + list(records), indent=1) + "\n")
