@@ -6,12 +6,17 @@ each repeat, and a ratio is the median over repeats of the ratio within a repeat
 
 Rows:
 - items_N: a catalogue. `cost_ratio_vs_1e5`: search and expansion of a request against those of the smallest, `cpu_ratio_vs_1e5` the same in processor time, which
-  other processes on the machine disturb less. `mask_us`: children lookup and masked choice alone.
+  other processes on the machine disturb less. `mask_us`, in processor time: children lookup and masked choice alone, at beam 50. `serve_expand_us`: SIDs to items as they
+  are served (`Retriever.expand`: some 1,700 items scored and sorted, the best 100 given), `expand_us` the index's part of it. `mask_expand_cpu_ratio_vs_1e5_sids`: `mask_us`
+  and `serve_expand_us` together against those of the middle catalogue, whose SIDs are nearest to 1e5 (95,000); `mask_cpu_ratio_vs_1e5_sids` the first alone.
+  `disk_bytes` is what serving a search reads; `disk_bytes_with_filters` also the posting lists of request-time filters.
 - items_N_pairs: the middle catalogue with 20,000 (code, group) pairs at level 3, and a decoder for them.
 - placement: SIDs for new items through Ray Data (`registry.item_placement.assign_items`) against a bare loop that reads, encodes and places the same file. Starting a
   worker costs the same however many items there are; the `marginal` figures leave it out: they are what the items beyond the first file take. Unequal SIDs are not compared.
 
 Run: python benchmarks/index_scale.py [--quick] [--threads 1] [--repeats 21] [--output benchmarks/results/index_scale.json] [--pictures docs/pictures]
+     python benchmarks/index_scale.py --parts placement
+Parts: storage (built for the next three too), changes, lookup (masks and expansions), search, placement. Records that are measured replace those in the file, others stay.
 """
 
 from __future__ import annotations
@@ -37,8 +42,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from decode import retriever_of
 from index_steps import digits
-from measurement import commit, machine, quartiles, seconds, write_tables
+from measurement import ONE_NUMBER, commit, machine, quartiles, ratios, seconds, write_tables
 
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder, save_towers
@@ -48,13 +54,14 @@ from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
 from genrecall.generator.prompts import Prompts
+from genrecall.generator.retriever import Retriever
 from genrecall.local_ray import ensure_ray
 from genrecall.quantization.residual_quantizer import FrozenQuantizer, load_quantizer
 from genrecall.registry.bundle import BundleConfig
 from genrecall.registry.item_placement import assign_items
 from genrecall.sid.assign import load_assigner
 from genrecall.sid.build import SidIndexConfig, publish_sids
-from genrecall.sid.index import SidIndex, load_index, load_trie
+from genrecall.sid.index import SidIndex, load_index, load_sid_table, load_trie
 from genrecall.sid.index_builder import SidIndexBuilder
 from genrecall.sid.item_ids import ItemIds
 from genrecall.sid.segments import SegmentedIndex
@@ -65,7 +72,11 @@ from genrecall.storage import Artifact, Stage
 BEAM, PROMPT = 50, 32
 """Where one of the two is not what varies."""
 
+PARTS = ("storage", "changes", "lookup", "search", "placement")
+
 _ALL = 2**31 - 1
+_MASKED = 20
+"""Searches whose lookups are timed together."""
 
 Record = Callable[..., None]
 
@@ -139,15 +150,17 @@ def in_fresh_process(step: str, folder: Path, threads: int) -> dict[str, float]:
 
 
 def disk_bytes(folder: Path) -> dict[str, int]:
-    """Bytes by part; `total` is what serving a search reads, and `item_sid`, which also leads from an item to its SID."""
+    """Bytes by part; `total` is what serving a search reads, and `item_sid`, which leads from an item back to its SID; `with_filters` adds the filters' lists."""
     parts = {
         "trie": sum(file.stat().st_size for file in (folder / "trie").iterdir()),
         "postings": sum((folder / "index" / f"{name}.npy").stat().st_size for name in ("item_rows", "offsets")),
         "item_sid": (folder / "index" / "item_sid.npy").stat().st_size,
         "prior": (folder / "index" / "prior.npy").stat().st_size,
+        "item_logits": (folder / "index" / "item_logits.npy").stat().st_size,
         "item_ids": (folder / "item_ids.npy").stat().st_size,
     }
-    return parts | {"total": sum(parts.values())}
+    total, filters = sum(parts.values()), sum(file.stat().st_size for file in (folder / "filters").iterdir())
+    return parts | {"total": total, "filters": filters, "with_filters": total + filters}
 
 
 def decoder(task: Task, groups: tuple[tuple[int, int], ...] = ()) -> Decoder:
@@ -194,10 +207,10 @@ class Side:
             raise SystemExit(f"{self.name}: the expansion gives items of other SIDs; not timing wrong answers")
 
     def mask(self, beam: int) -> Callable[[], Any]:
-        """Children lookup and masked choice of levels 2 and 3 over given logits: what the trie adds to the decoder's products."""
+        """Children lookup and masked choice of levels 2 and 3 of 20 searches, over given logits: what the trie adds to the decoder's products."""
         rng, trie = np.random.default_rng(0), self.trie
-        tokens1 = torch.from_numpy(rng.choice(np.flatnonzero(trie.level1_valid.numpy()), (1, beam)))
-        nodes = torch.from_numpy(rng.integers(0, len(trie.tokens2), (1, beam)))
+        tokens1 = torch.from_numpy(rng.choice(np.flatnonzero(trie.level1_valid.numpy()), (_MASKED, 1, beam)))
+        nodes = torch.from_numpy(rng.integers(0, len(trie.tokens2), (_MASKED, 1, beam)))
         levels = [
             (trie.children2, trie.tokens2, tokens1, torch.randn(1, beam, trie.alphabet_sizes[1])),
             (trie.children3, trie.tokens3, nodes, torch.randn(1, beam, trie.alphabet_sizes[2])),
@@ -205,10 +218,11 @@ class Side:
 
         @torch.inference_mode()
         def choose() -> None:
-            for children_of, tokens, parents, logits in levels:
-                children = children_of(parents)
-                scores = logits.gather(-1, tokens[children.ids].long()).masked_fill(~children.valid, -torch.inf).flatten(1)
-                best_positions(scores, children.ids.flatten(1), min(beam, scores.shape[1]))
+            for search in range(_MASKED):
+                for children_of, tokens, parents, logits in levels:
+                    children = children_of(parents[search])
+                    scores = logits.gather(-1, tokens[children.ids].long()).masked_fill(~children.valid, -torch.inf).flatten(1)
+                    best_positions(scores, children.ids.flatten(1), min(beam, scores.shape[1]))
 
         return choose
 
@@ -233,25 +247,64 @@ def with_pairs(task: Task, rng: np.random.Generator) -> Side:
 
 
 def measure_storage(task: Task, folder: Path, threads: int, record: Record) -> None:
-    """Build and open every catalogue."""
+    """Build and open every catalogue, and build its filters."""
     rng = np.random.default_rng(0)
     for items, sids in task.catalogues:
         place = folder / f"items_{items}"
         write_catalogue(place, items, sids, task.level_sizes, rng)
-        for step in ("build", "open"):
+        for step in ("build", "open", "filters"):
             for metric, value in in_fresh_process(step, place, threads).items():
                 record(place.name, metric, [value])
         for part, size in disk_bytes(place / "sid_index").items():
             record(place.name, "disk_bytes" if part == "total" else f"disk_bytes_{part}", [float(size)])
 
 
-def measure_search(task: Task, folder: Path, repeats: int, record: Record) -> None:
-    """Search and expansion, the catalogues in turn."""
+def opened(task: Task, folder: Path) -> list[Side]:
+    """The built catalogues, with one decoder."""
     model = decoder(task)
-    sides = [
+    return [
         Side(f"items_{items}", model, load_trie(folder / f"items_{items}/sid_index"), load_index(folder / f"items_{items}/sid_index"))
         for items, _ in task.catalogues
     ]
+
+
+def measure_lookup(task: Task, folder: Path, repeats: int, record: Record) -> None:
+    """What the trie and the index cost a request beside the decoder, in processor time, the catalogues in turn."""
+    sides = opened(task, folder)
+    pairs, rng = with_pairs(task, np.random.default_rng(1)), np.random.default_rng(3)
+    timed: dict[str, Callable[[], Any]] = {f"{side.name} mask_us": side.mask(BEAM) for side in (*sides, pairs)}
+    for side in sides:
+        retriever = retriever_of(side.model, side.trie, side.index, load_sid_table(folder / side.name / "sid_index").tokens)
+        sids = [rng.choice(len(side.index), task.expanded_sids, replace=False).astype(np.int32) for _ in range(task.queries)]
+        scores = [-np.sort(rng.exponential(size=task.expanded_sids)).astype(np.float32) for _ in sids]
+        check_served(retriever, sids[0], scores[0], side.name)
+        timed[f"{side.name} serve_expand_us"] = partial(each, lambda one, held: held.expand(*one, None, 100), list(zip(sids, scores, strict=True)), retriever)
+    _, taken = in_turn(timed, repeats)
+    figures = {key: [1e6 * one / (_MASKED if key.endswith("mask_us") else task.queries) for one in values] for key, values in taken.items()}
+    for key, values in figures.items():
+        record(*key.split(), values)
+    together = {
+        side.name: [sum(parts) for parts in zip(figures[f"{side.name} mask_us"], figures[f"{side.name} serve_expand_us"], strict=True)] for side in sides
+    }
+    base = sides[1].name
+    for side in sides:
+        record(side.name, "mask_cpu_ratio_vs_1e5_sids", ratios(figures[f"{side.name} mask_us"], figures[f"{base} mask_us"]))
+        record(side.name, "mask_expand_cpu_ratio_vs_1e5_sids", ratios(together[side.name], together[base]))
+    for side in (*sides, pairs):
+        for level, most in ((2, side.trie.max_children2), (3, side.trie.max_children3)):
+            record(side.name, f"max_children_{level}", [float(most)])
+
+
+def check_served(retriever: Retriever, sids: np.ndarray, scores: np.ndarray, name: str) -> None:
+    """Exit unless the served expansion holds the items of these SIDs, whose probabilities add up to the SIDs'."""
+    found, (rows, _) = retriever.expand(sids, scores, None, _ALL), retriever.index.expand(sids, _ALL)
+    if not np.array_equal(np.sort(found.item_rows), np.sort(rows)) or not np.isclose(np.exp(found.scores).sum(), np.exp(scores).sum(), rtol=1e-3):
+        raise SystemExit(f"{name}: the served expansion gives other items or probabilities than the index holds; not timing wrong answers")
+
+
+def measure_search(task: Task, folder: Path, repeats: int, record: Record) -> None:
+    """Search and expansion, the catalogues in turn."""
+    sides = opened(task, folder)
     pairs = with_pairs(task, np.random.default_rng(1))
     prompts = {length: random_prompts(task, length) for length in {*task.prompts, PROMPT}}
     grid = [(beam, PROMPT) for beam in task.beams] + [(BEAM, length) for length in task.prompts if length != PROMPT]
@@ -266,13 +319,7 @@ def measure_search(task: Task, folder: Path, repeats: int, record: Record) -> No
             record(name, f"request_ms{label}", [1e3 * one for one in wall[name]], beam=beam)
             base, against = (middle, "no_pairs") if name == pairs.name else (first, "1e5")
             for kind, times in (("cost_ratio", wall), ("cpu_ratio", cpu)):
-                record(name, f"{kind}_vs_{against}{label}", [one / other for one, other in zip(times[name], times[base], strict=True)], beam=beam)
-    times, _ = in_turn({side.name: side.mask(BEAM) for side in (*sides, pairs)}, repeats)
-    for name, values in times.items():
-        record(name, "mask_us", [1e6 * one for one in values], beam=BEAM)
-    for side in (*sides, pairs):
-        for level, most in ((2, side.trie.max_children2), (3, side.trie.max_children3)):
-            record(side.name, f"max_children_{level}", [float(most)])
+                record(name, f"{kind}_vs_{against}{label}", ratios(times[name], times[base]), beam=beam)
 
 
 def measure_changes(task: Task, folder: Path, repeats: int, record: Record) -> None:
@@ -415,8 +462,8 @@ def measure_placement(task: Task, folder: Path, repeats: int, record: Record) ->
         extra = [more - fewer for more, fewer in zip(times[side, large], times[side, small], strict=True)]
         rates[side] = [(large - small) / one for one in extra]
         record("placement", f"{side}_marginal_items_per_s", rates[side])
-    record("placement", "ray_share_of_bare_rate", [bare / one for one, bare in zip(times["ray", large], times["bare", large], strict=True)])
-    record("placement", "ray_share_of_bare_marginal_rate", [one / bare for one, bare in zip(rates["ray"], rates["bare"], strict=True)])
+    record("placement", "ray_share_of_bare_rate", ratios(times["bare", large], times["ray", large]))
+    record("placement", "ray_share_of_bare_marginal_rate", ratios(rates["ray"], rates["bare"]))
 
 
 def draw(records: Sequence[dict[str, Any]], task: Task, folder: Path) -> None:
@@ -463,6 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--placement-repeats", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; catalogues are built for all but placement alone")
     parser.add_argument("--work", type=Path, help="where the catalogues go, 1.5 GB in full; the system's temporary folder by default")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--pictures", type=Path)
@@ -490,18 +538,21 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     try:
         with tempfile.TemporaryDirectory(dir=options.work) as temporary:
             folder = Path(temporary)
-            measure_storage(task, folder, options.threads, record)
-            measure_changes(task, folder, repeats, record)
-            measure_search(task, folder, repeats, record)
-            measure_placement(task, folder, placement_repeats, record)
+            if set(options.parts) != {"placement"}:
+                measure_storage(task, folder, options.threads, record)
+            for name, measure in (("changes", measure_changes), ("lookup", measure_lookup), ("search", measure_search)):
+                if name in options.parts:
+                    measure(task, folder, repeats, record)
+            if "placement" in options.parts:
+                measure_placement(task, folder, placement_repeats, record)
     finally:
         torch.set_num_threads(before)
     here = Path(__file__).parent
     output = options.output or (None if options.quick else here / "results" / "index_scale.json")
     if output:
-        write_tables(output, records)
+        write_tables(output, records, by=ONE_NUMBER)
     pictures = options.pictures or (None if options.quick else here.parent / "docs" / "pictures")
-    if pictures:
+    if pictures and "search" in options.parts:
         draw(records, task, pictures)
     return records
 

@@ -93,9 +93,9 @@ class Recorder:
         self.records.append({"table": table or self.table, "row": row, "metric": metric, **figures, **self.common})
         print(f"{row:32} batch {batch:5} threads {threads} {metric:36} {middle:10.2f} ({low:.2f} to {high:.2f})", flush=True)
 
-    def write(self, path: Path, *, by_row: bool = False) -> None:
+    def write(self, path: Path, *, by: Sequence[str] = ("table",)) -> None:
         """Write all records, see `write_tables`."""
-        write_tables(path, self.records, by_row=by_row)
+        write_tables(path, self.records, by=by)
 
 
 Measure = Callable[[Callable[..., None]], None]
@@ -141,7 +141,7 @@ def run_recorded(
         torch.set_num_threads(before)
     output = options.output or (None if options.quick else Path(__file__).parent / "results" / f"{name}.json")
     if output:
-        recorder.write(output, by_row=bool(parts) and set(options.parts) != set(parts))
+        recorder.write(output, by=("table", "row") if parts and set(options.parts) != set(parts) else ("table",))
     return recorder.records
 
 
@@ -165,12 +165,20 @@ def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:
     return [slow / fast for slow, fast in zip(slower, faster, strict=True)]
 
 
-def write_tables(path: Path, records: Sequence[Mapping[str, Any]], *, by_row: bool = False) -> None:
-    """Write records into a file that several benchmarks share: the tables among them (or, `by_row`, the rows) are replaced, others stay."""
+ONE_NUMBER = ("table", "row", "metric", "batch", "beam", "threads")
+"""What tells one record of a table from another."""
+
+
+def write_tables(path: Path, records: Sequence[Mapping[str, Any]], *, by: Sequence[str] = ("table",)) -> None:
+    """Write records into a file that several runs share: what agrees with one of them in all fields of `by` is replaced, the rest stays.
+
+    Args:
+        by: whole tables by default; ("table", "row") where a part of a table was measured again, `ONE_NUMBER` where some of its numbers were.
+    """
     kept = json.loads(path.read_text()) if path.exists() else []
 
-    def place(record: Mapping[str, Any]) -> tuple[str, ...]:
-        return (record["table"], record["row"]) if by_row else (record["table"],)
+    def place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(record.get(name) for name in by)
 
     gone = {place(record) for record in records}
     path.parent.mkdir(parents=True, exist_ok=True)

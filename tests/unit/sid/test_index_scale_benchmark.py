@@ -30,13 +30,16 @@ def test_quick_mode_records_every_figure(benchmark: ModuleType, tmp_path: Path, 
     assert set(records[0]) == {"table", "row", "metric", "value", "low", "high", "batch", "beam", "threads", "machine", "command", "commit"}
     found = {(record["row"], record["metric"]): record["value"] for record in records}
     rows = [f"items_{items}" for items in (400, 2_000)]
-    storage = ("build_s", "build_peak_bytes", "open_s", "resident_bytes", "disk_bytes")
-    costs = ("request_ms", "request_ms_prompt_8", "cost_ratio_vs_1e5", "mask_us", "expand_us", "expand_with_changes_us", "delta_add_s")
-    assert found.keys() >= {(row, metric) for row in rows for metric in (*storage, *costs)}
+    storage = ("build_s", "build_peak_bytes", "open_s", "resident_bytes", "filters_build_s", "disk_bytes_with_filters")
+    costs = ("request_ms", "request_ms_prompt_8", "cost_ratio_vs_1e5", "expand_us", "expand_with_changes_us", "delta_add_s")
+    lookup = ("mask_us", "serve_expand_us", "mask_cpu_ratio_vs_1e5_sids", "mask_expand_cpu_ratio_vs_1e5_sids")
+    assert found.keys() >= {(row, metric) for row in rows for metric in (*storage, *costs, *lookup)}
     assert found.keys() >= {("items_2000_pairs", "cost_ratio_vs_no_pairs"), ("placement", "ray_share_of_bare_rate"), ("placement", "bare_items_per_s")}
-    assert found["items_400", "cost_ratio_vs_1e5"] == 1.0
-    parts = [found["items_2000", f"disk_bytes_{part}"] for part in ("trie", "postings", "item_sid", "prior", "item_ids")]
+    assert found["items_400", "cost_ratio_vs_1e5"] == found["items_2000", "mask_expand_cpu_ratio_vs_1e5_sids"] == 1.0
+    parts = [found["items_2000", f"disk_bytes_{part}"] for part in ("trie", "postings", "item_sid", "prior", "item_logits", "item_ids")]
     assert found["items_2000", "disk_bytes"] == sum(parts)
+    assert found["items_2000", "disk_bytes_item_logits"] == 128 + 2 * 2_000
+    assert found["items_2000", "disk_bytes_with_filters"] > found["items_2000", "disk_bytes"] + 10 * 2_000  # two lists of four bytes, and two of the category
     assert found["items_2000", "disk_bytes_item_ids"] == 128 + 10 * 2_000
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [f"index_scale_{name}.png" for name in ("beam", "catalogue", "prompt")]
 
