@@ -13,6 +13,7 @@ export MLFLOW_TRACKING_URI ?= sqlite:///$(GENRECALL_HOME)/mlflow.db
 endif
 export RAY_AUTH_MODE ?= token
 export RAY_USAGE_STATS_ENABLED ?= 0
+export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S ?= 2
 
 .PHONY: help setup demo serve test lint pipeline mlflow bench-tables soak clean
 

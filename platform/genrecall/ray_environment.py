@@ -19,6 +19,7 @@ if "ray" not in sys.modules:
         "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy is replaced after three failed checks: in some 6 s in place of 30
         "RAY_raylet_start_wait_time_s": "120",  # a busy machine needs more than the usual 30
         # Threads that wait for each other must not spin: on a machine shared with other processes spinning costs several times the work.
         "OMP_WAIT_POLICY": "PASSIVE",
