@@ -2,6 +2,9 @@
 
 A version that cannot be verified or cannot take the log is refused and named in `refused`; the one in service stays. The version served before stays
 loaded, so that going back to it takes no time but that of the changes since; it makes room before a third is loaded.
+
+A registry over HTTP that does not answer is given up after `REGISTRY_TIMEOUT_S`, twice, and asked again at the next look: with MLflow's own defaults (7 retries of
+120 s) a moved alias would go unseen for minutes after an outage. The environment's MLFLOW_HTTP_REQUEST_TIMEOUT and MLFLOW_HTTP_REQUEST_MAX_RETRIES go first.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -19,6 +23,12 @@ from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.recall_service import ServedBundle
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
+
+REGISTRY_TIMEOUT_S = 10
+"""Of one request to an HTTP registry or its store: for connecting, and for each wait for bytes."""
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REGISTRY_TIMEOUT_S))
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 RETRY_REFUSED_S = 60.0
 """A refused version is tried again after this time: a download may have been cut off."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import time
 import weakref
 from pathlib import Path
@@ -162,6 +164,20 @@ def test_a_registry_that_is_down_leaves_the_version_in_service(registry, version
         monkeypatch.setattr(hot_swap, "resolve", down)
         assert follower.newer(first) is None
         assert follower.refused is None
+
+
+def test_a_registry_that_takes_connections_and_says_nothing_holds_up_a_look_for_seconds_only(registry, versions, follower, monkeypatch, caplog):
+    first = follower.load()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        other = BundleFollower("models:/shop@champion", address)
+        started = time.monotonic()
+        assert other.newer(first) is None
+        assert 2.0 <= time.monotonic() - started < 10.0
+    assert other.refused is None
+    assert "does not answer" in caplog.text
 
 
 def test_a_deleted_alias_leaves_the_version_in_service_and_says_so(registry, versions, follower):
