@@ -30,6 +30,9 @@ REGISTRY_TIMEOUT_S = 10
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REGISTRY_TIMEOUT_S))
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
+REGISTRY_AWAY = "the registry does not answer"
+"""How the log line of each vain look begins."""
+
 RETRY_REFUSED_S = 60.0
 """A refused version is tried again after this time: a download may have been cut off."""
 
@@ -107,7 +110,7 @@ class BundleFollower:
             self._refuse(None, served, error)
             return None
         except Exception as error:  # the edge: a registry that is down, however it shows, leaves what is loaded in service
-            logger.warning("the registry does not answer, keeping %s: %s", served.version.text, error)
+            logger.warning("%s, keeping %s: %s", REGISTRY_AWAY, served.version.text, error)
             return None
         if version == served.version:
             self.refused = self._refused_version = None
@@ -145,7 +148,7 @@ class BundleFollower:
             self.refused = self._refused_version = None
             return None
         except Exception as error:  # the edge: as in `newer`
-            logger.warning("the registry does not answer, the challenger stays as it is: %s", error)
+            logger.warning("%s, the challenger stays as it is: %s", REGISTRY_AWAY, error)
             return served
         if version == champion or (served is not None and version == served.version):
             self.refused = self._refused_version = None

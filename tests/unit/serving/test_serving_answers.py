@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +65,24 @@ def test_grpc_is_asked_in_a_closed_loop_of_single_requests(loads, more):
 def test_every_request_asks_another_query_until_all_were_asked_and_batches_come_in_between(loads):
     asked = loads.Asked(loads.Plan(port=1, key="", queries=["a", "b", "c"], clients=1, batch_every=4, keep_every=2))
     requests = [asked.next_request() for _ in range(8)]
-    assert [query for _, query, _, _ in requests] == ["a", "b", "c", "a", "b", "c", "a", "b"]
-    assert [path for _, _, path, _ in requests] == ["/v1/recall", "/v1/recall", "/v1/recall", "/v1/recall/batch"] * 2
-    assert [asked.keeps(number) for number, *_ in requests] == [True, False] * 4
+    assert [one.query for one in requests] == ["a", "b", "c", "a", "b", "c", "a", "b"]
+    assert [one.path for one in requests] == ["/v1/recall", "/v1/recall", "/v1/recall", "/v1/recall/batch"] * 2
+    assert [asked.keeps(one.number) for one in requests] == [True, False] * 4
+
+
+def test_variants_take_turns_until_every_query_met_each_and_a_batch_has_none(loads):
+    variants = [{}, {"history": ["i"], "explain": True}]
+    asked = loads.Asked(loads.Plan(port=1, key="", queries=["a", "b"], limit=7, rate=1.0, variants=variants, batch_every=5))
+    requests = [asked.next_request() for _ in range(5)]
+    assert [json.loads(one.body) for one in requests[:4]] == [
+        {"query": "a", "limit": 7},
+        {"query": "b", "limit": 7, "history": ["i"], "explain": True},
+        {"query": "a", "limit": 7, "history": ["i"], "explain": True},
+        {"query": "b", "limit": 7},
+    ]
+    assert [list(one.fields) for one in requests] == [[], ["explain", "history"], ["explain", "history"], [], []]
+    with pytest.raises(ValueError, match="variants: expected neither"):
+        loads.Plan(port=1, key="", queries=["a"], rate=1.0, retries=1, variants=variants)
 
 
 @pytest.fixture
