@@ -16,9 +16,11 @@ import os
 import time
 from pathlib import Path
 
+from mlflow.exceptions import MlflowException
+
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
-from genrecall.registry.versions import CHALLENGER, CHAMPION, RegistryError, Version, fetch_bundle, open_registry, resolve
+from genrecall.registry.versions import CHALLENGER, CHAMPION, NotRegisteredError, RegistryError, Version, fetch_bundle, open_registry, redacted, resolve
 from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.recall_service import ServedBundle
 
@@ -70,16 +72,19 @@ class BundleFollower:
         """The bundle the address means now.
 
         Raises:
-            RegistryError: there is none.
+            RegistryError: there is none, or the registry does not answer.
             ArtifactError, BundleError: it cannot be trusted.
             CatalogueLogError: the catalogue log cannot be read, or lacks changes that the bundle needs.
         """
-        version = resolve(self.address, self._client)
-        if not self.address.startswith("models:/"):
-            self.address = f"models:/{version.name}@{CHAMPION}"
-        if self._catalogues is not None:
-            self.log = CatalogueLog(log_folder(self._catalogues, version.name))
-        return self._load(version)
+        try:
+            version = resolve(self.address, self._client)
+            if not self.address.startswith("models:/"):
+                self.address = f"models:/{version.name}@{CHAMPION}"
+            if self._catalogues is not None:
+                self.log = CatalogueLog(log_folder(self._catalogues, version.name))
+            return self._load(version)
+        except MlflowException as error:
+            raise RegistryError(f"{REGISTRY_AWAY}: {redacted(error)}") from None  # its cause has the password too
 
     def caught_up(self, served: ServedBundle) -> ServedBundle:
         """With the next changes of the catalogue log, or the same object where there are none.
@@ -107,10 +112,10 @@ class BundleFollower:
         try:
             version = resolve(self.address, self._client)
         except RegistryError as error:
-            self._refuse(None, served, error)
+            self._refuse(None, error, f"keeping {served.version.text}")
             return None
         except Exception as error:  # the edge: a registry that is down, however it shows, leaves what is loaded in service
-            logger.warning("%s, keeping %s: %s", REGISTRY_AWAY, served.version.text, error)
+            logger.warning("%s, keeping %s: %s", REGISTRY_AWAY, served.version.text, redacted(error))
             return None
         if version == served.version:
             self.refused = self._refused_version = None
@@ -125,41 +130,47 @@ class BundleFollower:
         try:
             found = self._load(version) if kept is None else self._replayed(kept)
         except Exception as error:  # the edge again: whatever is wrong with another version, the one in service stays
-            self._refuse(version, served, error)
+            self._refuse(version, error, f"keeping {served.version.text}")
             return None
         self.refused = self._refused_version = None
         self._previous = served
         return found
 
     def of_challenger(self, name: str) -> BundleFollower:
-        """A follower of the alias `challenger` of model `name`, for `optional`; it reads the same registry, cache and folder of the catalogue log."""
+        """A follower of the alias `challenger` of model `name`, for `wanted_challenger` and `load_challenger`; it reads the same registry, cache and folder of the catalogue log."""
         other = copy.copy(self)
         other.address = f"models:/{name}@{CHALLENGER}"
         other.refused = other._previous = other._refused_version = None
         other.log = CatalogueLog(log_folder(self._catalogues, name)) if self._catalogues is not None else None  # its own: another thread reads it
         return other
 
-    def optional(self, served: ServedBundle | None, champion: Version) -> ServedBundle | None:
-        """What an alias that need not be there means now, verified: `served` itself, another bundle in the role of challenger, or None where the alias is gone,
-        names the champion, or its version is refused. A registry that does not answer leaves `served`."""
+    def wanted_challenger(self, loaded: Version | None, champion: Version) -> Version | None:
+        """The version that an alias which need not be there means now: `loaded`, or one for `load_challenger`. None where the alias is absent, names the champion,
+        or its version is refused. A registry that does not answer leaves `loaded`."""
         try:
             version = resolve(self.address, self._client)
-        except RegistryError:
+        except NotRegisteredError:
             self.refused = self._refused_version = None
+            return None
+        except RegistryError as error:
+            self._refuse(None, error, "no challenger")
             return None
         except Exception as error:  # the edge: as in `newer`
-            logger.warning("%s, the challenger stays as it is: %s", REGISTRY_AWAY, error)
-            return served
-        if version == champion or (served is not None and version == served.version):
+            logger.warning("%s, the challenger stays as it is: %s", REGISTRY_AWAY, redacted(error))
+            return loaded
+        if version in (champion, loaded):
             self.refused = self._refused_version = None
-            return None if version == champion else served
+            return None if version == champion else loaded
         if version == self._refused_version and time.monotonic() - self._refused_at < RETRY_REFUSED_S:
             return None
+        return version
+
+    def load_challenger(self, version: Version) -> ServedBundle | None:
+        """A version in the role of challenger, verified; None where it is refused."""
         try:
             found = dataclasses.replace(self._load(version), role="challenger")
         except Exception as error:  # the edge: as in `newer`
-            self.refused, self._refused_version, self._refused_at = f"{version.text}: {error}", version, time.monotonic()
-            logger.error("no challenger, refused %s", self.refused)
+            self._refuse(version, error, "no challenger")
             return None
         self.refused = self._refused_version = None
         return found
@@ -178,8 +189,8 @@ class BundleFollower:
         other.log = CatalogueLog(self.log.folder) if self.log is not None else None
         return other.up_to_date(served)
 
-    def _refuse(self, version: Version | None, served: ServedBundle, error: Exception) -> None:
-        reason = f"{version.text if version else self.address}: {error}"
+    def _refuse(self, version: Version | None, error: Exception, effect: str) -> None:
+        reason = f"{version.text if version else self.address}: {redacted(error)}"
         if reason != self.refused:
-            logger.error("keeping %s, refused %s", served.version.text, reason)
+            logger.error("%s, refused %s", effect, reason)
         self.refused, self._refused_version, self._refused_at = reason, version, time.monotonic()
