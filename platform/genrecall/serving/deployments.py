@@ -20,7 +20,6 @@ import torch
 from ray import serve
 
 from genrecall.registry.catalogue_log import CatalogueLogError
-from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.serving import recall_pb2
 from genrecall.serving.answer_cache import AnswerCache, key_of
 from genrecall.serving.api import LateError, OverloadedError, VersionNotLoadedError, create_app
@@ -236,15 +235,13 @@ class RecallDeployment:
         """
         log = self._follower.log
         assert log is not None, "checked at the start"
-        records = [ItemRecord(**{**one.model_dump(), "category_path": tuple(one.category_path)}) for one in changes.upsert]
-        flags = {**dict.fromkeys(changes.out_of_stock, False), **dict.fromkeys(changes.in_stock, True)}
         try:
-            append = functools.partial(log.append, records, changes.delist, in_stock=flags, wait_s=_LOCK_WAIT_S)
+            append = functools.partial(log.append, changes.records(), changes.delist, in_stock=changes.stock_flags(), wait_s=_LOCK_WAIT_S)
             sequence = await asyncio.get_running_loop().run_in_executor(self._log_thread, append)
         except CatalogueLogError as error:
             logger.error("the catalogue was not changed: %s", error)
             raise OverloadedError("the catalogue log cannot be written now; send the same changes again") from error
-        return ItemsAccepted(catalog_seq=sequence, upserted=len(records), delisted=len(changes.delist), stock_flags=len(flags))
+        return changes.accepted(sequence)
 
     def ready(self) -> bool:
         """Whether requests get answered: the bundle was verified and warmed up before the replica started, so only a batch that hangs can stand in the way."""
