@@ -6,10 +6,12 @@ bundle's manifest must hash to what the version's tag says.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,15 @@ class Version:
 def redacted(error: object) -> str:
     """What an error says, without the user and password of the URLs in it: MLflow's name the whole address of the registry."""
     return _USERINFO.sub("://***@", str(error))
+
+
+@contextlib.contextmanager
+def redacting() -> Iterator[None]:
+    """Raise MLflow's errors as a `RegistryError` that is `redacted`, without their cause: a traceback would show the password too."""
+    try:
+        yield
+    except MlflowException as error:
+        raise RegistryError(f"the registry or its store failed: {redacted(error)}") from None
 
 
 def is_address(text: str) -> bool:

@@ -16,11 +16,20 @@ import os
 import time
 from pathlib import Path
 
-from mlflow.exceptions import MlflowException
-
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
-from genrecall.registry.versions import CHALLENGER, CHAMPION, NotRegisteredError, RegistryError, Version, fetch_bundle, open_registry, redacted, resolve
+from genrecall.registry.versions import (
+    CHALLENGER,
+    CHAMPION,
+    NotRegisteredError,
+    RegistryError,
+    Version,
+    fetch_bundle,
+    open_registry,
+    redacted,
+    redacting,
+    resolve,
+)
 from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.recall_service import ServedBundle
 
@@ -72,19 +81,17 @@ class BundleFollower:
         """The bundle the address means now.
 
         Raises:
-            RegistryError: there is none, or the registry does not answer.
+            RegistryError: there is none, or the registry or its store failed.
             ArtifactError, BundleError: it cannot be trusted.
             CatalogueLogError: the catalogue log cannot be read, or lacks changes that the bundle needs.
         """
-        try:
+        with redacting():
             version = resolve(self.address, self._client)
             if not self.address.startswith("models:/"):
                 self.address = f"models:/{version.name}@{CHAMPION}"
             if self._catalogues is not None:
                 self.log = CatalogueLog(log_folder(self._catalogues, version.name))
             return self._load(version)
-        except MlflowException as error:
-            raise RegistryError(f"{REGISTRY_AWAY}: {redacted(error)}") from None  # its cause has the password too
 
     def caught_up(self, served: ServedBundle) -> ServedBundle:
         """With the next changes of the catalogue log, or the same object where there are none.

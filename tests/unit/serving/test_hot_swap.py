@@ -192,7 +192,7 @@ def test_passwords_in_the_registrys_address_are_neither_logged_nor_shown(registr
         patch.setattr(hot_swap, "resolve", down)
         follower.newer(first)
         assert challengers.wanted_challenger(None, first.version) is None
-        with pytest.raises(RegistryError, match="registry does not answer") as caught:
+        with pytest.raises(RegistryError, match="the registry or its store failed") as caught:
             BundleFollower("models:/shop@champion", registry.tracking_uri).load()
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__
