@@ -156,6 +156,8 @@ class Connection:
             return FAILED, b""
 
     async def _ask(self, path: str, body: bytes) -> tuple[int, bytes]:
+        if self._streams is not None and self._streams[0].at_eof():  # the server closed it while it lay idle: no failure of this request, which is not sent yet
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
         reader, writer = self._streams

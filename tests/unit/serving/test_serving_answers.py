@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import json
@@ -83,6 +84,28 @@ def test_variants_take_turns_until_every_query_met_each_and_a_batch_has_none(loa
     assert [list(one.fields) for one in requests] == [[], ["explain", "history"], ["explain", "history"], [], []]
     with pytest.raises(ValueError, match="variants: expected neither"):
         loads.Plan(port=1, key="", queries=["a"], rate=1.0, retries=1, variants=variants)
+
+
+@pytest.mark.parametrize(("closes", "statuses"), [("after the answer", [200, 200]), ("before the answer", [0, 0])])
+def test_a_connection_that_the_server_closed_while_idle_is_opened_anew_and_one_that_breaks_is_a_failure(loads, closes, statuses):
+    async def serve(reader, writer):
+        await reader.readuntil(b"{}")
+        if closes == "after the answer":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            await writer.drain()
+        writer.close()
+
+    async def asked():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            connection = loads.Connection(server.sockets[0].getsockname()[1], "key")
+            found = []
+            for _ in range(2):
+                found.append((await connection.ask("/v1/recall", b"{}"))[0])
+                await asyncio.sleep(0.2)
+            connection.close()
+        return found
+
+    assert asyncio.run(asked()) == statuses
 
 
 @pytest.fixture
