@@ -213,7 +213,8 @@ def _message(rng: random.Random) -> tuple[str, Any]:
     if rng.random() < 0.1:
         return "/v1/recall/batch", {"requests": [_request(rng) for _ in range(rng.randint(1, 5))]}
     if rng.random() < 0.1:
-        return "/v1/items", {"upsert": [_record(rng) for _ in range(rng.randint(0, 5))], "delist": [_item_id(rng) for _ in range(rng.randint(0, 3))]}
+        ids = {field: [_item_id(rng) for _ in range(rng.randint(0, 3))] for field in ("delist", "out_of_stock", "in_stock")}
+        return "/v1/items", {"upsert": [_record(rng) for _ in range(rng.randint(0, 5))], **ids}
     return "/v1/recall", _request(rng)
 
 

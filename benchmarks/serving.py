@@ -6,7 +6,7 @@ is timed, the server's answers are compared with the engine's. Load comes from a
 
 Tables: `latency` (one client) and `throughput` (32 clients), over Serve's default proxy, HAProxy and its gRPC proxy; `swap` and `upsert` (constant load while
 the alias moves, items come and go, a canary gets a share of the requests, and the alias moves back), `failures` (a replica, the proxy, the controller or the
-registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged: wholly one version's, and no delisted item.
+`mlflow server` of the registry is gone), `soak` (mixed load for minutes). Every answer of `swap` and `upsert` is judged: wholly one version's, and no delisted item.
 
 Run: python benchmarks/serving.py [--tables latency throughput swap upsert failures] [--model genrecall-home_depot] [--quick]
      python benchmarks/serving.py --tables soak --minutes 30
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from serving_server import (
     KEY,
     PROXY,
     REPLICA,
+    RegistryServer,
     Server,
     again,
     copy_registry,
@@ -51,7 +53,7 @@ from serving_server import (
 
 from genrecall.config import places
 from genrecall.registry.versions import CHAMPION, LATEST_CHAMPION, Version, open_registry, resolve
-from genrecall.serving.hot_swap import BundleFollower
+from genrecall.serving.hot_swap import REGISTRY_AWAY, BundleFollower
 from genrecall.serving.messages import RecallRequest
 from genrecall.serving.recall_service import ServedBundle, answer_batch
 
@@ -90,7 +92,7 @@ class Bench:
     row: str
     tracking_uri: str
     number: int
-    other: int
+    other: int | None
     served: ServedBundle
     queries: list[str]
     grpc: bool = False
@@ -259,8 +261,10 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
     sizes = bench.sizes
     capacity = _capacity(bench, server)
     queries = bench.queries[: sizes.queries]
+    assert bench.other is not None, "checked at the start"
+    other = bench.other
     first = known_version(bench.served, queries, bench.beam)
-    second = known_version(fetched(bench.tracking_uri, bench.name, bench.other), queries, bench.beam)
+    second = known_version(fetched(bench.tracking_uri, bench.name, other), queries, bench.beam)
     _require_distinct(first, second, queries)
     versions, windows = [first], list[Window]()
     changes: list[ItemChange] = []
@@ -307,7 +311,7 @@ def swap(bench: Bench, server: Server, wanted: Sequence[str] = ("swap", "upsert"
             server.canary(0.0)
 
         for number in range(sizes.rounds):
-            fresh = again(server.registry, bench.name, bench.other)
+            fresh = again(server.registry, bench.name, other)
             versions.append(replace(second, model=f"{bench.name}/{fresh}"))
             ids = [f"benchmark-{number}-{place}" for place in range(10)]
             published = list(first.sid_of)[number]
@@ -391,9 +395,9 @@ def _p99(outcomes: Sequence[Outcome]) -> float:
 
 
 def failures(bench: Bench, folder: Path) -> None:
-    """Two replicas; one, the proxy, the controller or the registry's file goes away under load, with and without the client's retries."""
-    sizes = bench.sizes
-    with bench.server(folder, replicas=2) as server:
+    """Two replicas over a registry behind `mlflow server`; one, the proxy, the controller or the registry goes away under load, with and without the client's
+    retries. Once the registry is back, the alias moves."""
+    with RegistryServer(bench.tracking_uri, folder / "registry") as registry, replace(bench, tracking_uri=registry.uri).server(folder, replicas=2) as server:
         capacity = _capacity(bench, server)
         for row, retries in (("client retries", 2), ("no retries", None)):
             killed = server.pids(REPLICA)[0]
@@ -403,14 +407,28 @@ def failures(bench: Bench, folder: Path) -> None:
             _fail(bench, server, "proxy killed, no retries", None, capacity, lambda: server.kill(proxies[0]), lambda: server.call("/v1/model")[0] == 200)
         controllers = server.pids(CONTROLLER)
         _fail(bench, server, "controller killed", None, capacity, lambda: server.kill(controllers[0]), lambda: server.pids(CONTROLLER) not in ([], controllers))
-        path = Path(bench.tracking_uri.removeprefix("sqlite:///"))
-        away = path.with_suffix(".away")
-        path.rename(away)
-        try:
-            _fail(bench, server, "registry away", None, capacity, lambda: None, lambda: True)
-        finally:
-            away.rename(path)
-        time.sleep(min(1.0, sizes.seconds))
+        _registry_away(bench, server, registry, capacity)
+
+
+def _registry_away(bench: Bench, server: Server, registry: RegistryServer, capacity: float) -> None:
+    """The registry's server is killed and started again; whole again are the replicas here once each says in its log that the registry does not answer.
+
+    Raises:
+        RuntimeError: a replica did not notice, or does not follow the alias once the registry is back.
+    """
+    before = server.replicas_that_logged(REGISTRY_AWAY)
+
+    def noticed() -> int:
+        return sum(count > before.get(name, 0) for name, count in server.replicas_that_logged(REGISTRY_AWAY).items())
+
+    _fail(bench, server, "registry away", None, capacity, registry.stop, lambda: noticed() == 2)
+    bench.figure("failures", "replicas_that_noticed", [noticed()], row="registry away")
+    fresh = again(open_registry(bench.tracking_uri), bench.name, bench.number)  # in the file: the server takes no source on its own disk
+    registry.start()
+    server.champion(fresh)
+    live_s = server.wait_until(lambda: server.is_live_everywhere(fresh), wait_s=120.0)
+    bench.figure("failures", "swap_live_s", [live_s], row="registry back")
+    server.champion(bench.number)  # as other tables expect it
 
 
 def _replaced(server: Server, killed: int) -> bool:
@@ -427,40 +445,78 @@ def _fail(bench: Bench, server: Server, row: str, retries: int | None, capacity:
         time.sleep(sizes.seconds / 2)
         began = time.monotonic()
         fault()
+        struck = time.monotonic()
         server.wait_until(whole)
         back = time.monotonic()
         time.sleep(sizes.seconds / 2)
         outcomes = running.finish()
     failed = [one for one in outcomes if one.status != 200]
-    for status in sorted({one.status for one in failed}):
-        print(f"{row}: {sum(one.status == status for one in failed)} with status {status}", file=sys.stderr)
     bench.figure("failures", "requests", [len(outcomes)], row=row)
     bench.figure("failures", "errors_seen", [len(failed)], row=row)
+    bench.figure("failures", "errors_sent_later", [sum(one.sent > struck for one in failed)], row=row)  # not in flight when the fault struck
+    _by_status(bench, "failures", "errors_seen", failed, row)
     bench.figure("failures", "last_error_s", [max((one.done - began for one in failed), default=0.0)], row=row)
     bench.figure("failures", "whole_again_s", [back - began], row=row)
     bench.figure("failures", "p99_ms", [_p99([one for one in outcomes if one.done >= began])], row=row)
 
 
+SAME_SIDS = frozenset({"explain", "deadline_ms"})
+"""Fields of a request that do not move its SIDs while the beam is fixed."""
+
+
+def variants_of(served: ServedBundle) -> list[dict[str, Any]]:
+    """What requests of the mixed load have beyond query and limit; half of them nothing. Filters, history and exclusions name what the catalogue holds."""
+    bundle = served.bundle
+    tokenizer = bundle.retriever.prompt_builder.tokenizer
+    rows = [place * bundle.num_listed // 10 for place in range(10)]
+    items, ids = bundle.shown(rows), list(bundle.ids_of(rows))
+    shopper = {name: values[0] for name, values in (("gender", sorted(tokenizer.genders)), ("age_band", sorted(tokenizer.age_bands))) if values}
+    category = next((list(item["category_path"][:1]) for item in items if item["category_path"]), None)
+    brands = sorted({item["brand"] for item in items if item["brand"]})
+    special: list[dict[str, Any]] = [
+        {"filters": {"categories": [category], "in_stock": True}} if category else {"filters": {"in_stock": True}},
+        {"history": ids[:5]},
+        {"shopper": shopper or {"gender": "unseen"}},
+        {"explain": True},
+        {"deadline_ms": 5000},
+        {"filters": {"brands": brands, "excluded": ids[:3]}} if brands else {"filters": {"excluded": ids[:3]}},
+        {"history": ids, "shopper": shopper, "explain": True, "deadline_ms": 10_000, "filters": {"in_stock": True}},
+        {"beam_size": 10, "limit": 10},
+    ]
+    return [one for more in special for one in ({}, more)]
+
+
+def _by_status(bench: Bench, table: str, metric: str, failed: Sequence[Outcome], row: str) -> None:
+    """Record failures once more, a row for each status of HTTP that there was (0: no answer)."""
+    for status, count in sorted(Counter(one.status for one in failed).items()):
+        bench.figure(table, metric, [count], row=f"{row}, status {status}")
+
+
 def soak(bench: Bench, folder: Path) -> None:
-    """Mixed load: requests and batches at a constant rate, changes of the catalogue, and swaps now and then; memory, file handles and the 99th percentile over time."""
+    """Mixed load: requests of many kinds and batches at a constant rate, changes of the catalogue, and swaps now and then; memory, file handles and the 99th
+    percentile over time. Where the model has one version, the swaps are to the same bundle under another number."""
     sizes = bench.sizes
     whole_s = 60 * sizes.minutes
     with bench.server(folder) as server:
         capacity = _capacity(bench, server)
         queries = bench.queries[: sizes.queries]
         first = known_version(bench.served, queries, bench.beam)
-        second = known_version(fetched(bench.tracking_uri, bench.name, bench.other), queries, bench.beam)
+        other = bench.other or again(server.registry, bench.name, bench.number)
+        second = (
+            known_version(fetched(bench.tracking_uri, bench.name, other), queries, bench.beam) if bench.other else replace(first, model=f"{bench.name}/{other}")
+        )
         (replica,) = server.pids(REPLICA)
         process, samples, changes = psutil.Process(replica), [], []
         swaps, step, target = 0, 0, bench.number
-        plan = replace(bench.plan(server, queries), clients=None, rate=0.75 * sizes.load_share * capacity, keep_every=10, batch_every=50)
+        rate = 0.75 * sizes.load_share * capacity
+        plan = replace(bench.plan(server, queries), clients=None, rate=rate, keep_every=10, batch_every=50, variants=variants_of(bench.served))
         with load(plan) as running:
             began = time.monotonic()
             while (gone := time.monotonic() - began) < whole_s:
                 samples.append((gone, process.memory_info().rss, process.num_fds()))
                 # Swaps begin at once, so that both versions are loaded when memory is first looked at.
                 if gone >= swaps * min(60.0, whole_s / 10):
-                    target = bench.other if target == bench.number else bench.number
+                    target = other if target == bench.number else bench.number
                     server.champion(target)
                     swaps += 1
                 ids = [f"benchmark-{(step + place) % 200}" for place in range(5)]
@@ -471,14 +527,20 @@ def soak(bench: Bench, folder: Path) -> None:
                 time.sleep(min(5.0, whole_s / 30))
             outcomes = running.finish()
         survived = server.pids(REPLICA) == [replica]
-    wrong = [problem for one in outcomes if one.kept and (problem := problem_of(one.query, one.kept, [first, second], changes))]
+    # The reference answers are to bare queries.
+    judged = [(one.query if SAME_SIDS.issuperset(one.fields) else "", one.kept) for one in outcomes if one.kept]
+    wrong = [problem for query, kept in judged if (problem := problem_of(query, kept, [first, second], changes))]
+    failed = [one for one in outcomes if one.status != 200]
     for problem in wrong[:10]:
         print(problem, file=sys.stderr)
     settled = [one for one in samples if one[0] >= whole_s / 5]
     fifth = max(1, len(settled) // 4)
     bench.figure("soak", "soak_minutes", [sizes.minutes])
     bench.figure("soak", "requests", [len(outcomes)])
-    bench.figure("soak", "failed_requests", [sum(one.status != 200 for one in outcomes)])
+    bench.figure("soak", "failed_requests", [len(failed)])
+    _by_status(bench, "soak", "failed_requests", failed, bench.row)
+    bench.figure("soak", "requests", [sum(bool(one.fields) for one in outcomes)], row="with further fields")
+    bench.figure("soak", "failed_requests", [sum(bool(one.fields) for one in failed)], row="with further fields")
     bench.figure("soak", "mixed_version_answers", [len(wrong)])
     bench.figure("soak", "swaps", [swaps])
     bench.figure("soak", "replica_restarts", [0 if survived else 1])
@@ -497,16 +559,10 @@ def champion_of(tracking_uri: str, model: str | None) -> Version:
     return resolve(LATEST_CHAMPION if model is None else f"models:/{model}@{CHAMPION}", open_registry(tracking_uri))
 
 
-def another_version(tracking_uri: str, version: Version) -> int:
-    """The newest other version of the model.
-
-    Raises:
-        SystemExit: there is none.
-    """
-    found = [int(one.version) for one in open_registry(tracking_uri).search_model_versions(f"name='{version.name}'") if int(one.version) != version.number]
-    if not found:
-        raise SystemExit(f"{version.name} has no other version to swap to; register one more (jobs/register_model.py), or leave out swap, upsert and soak")
-    return max(found)
+def another_version(tracking_uri: str, version: Version) -> int | None:
+    """The newest other version of the model; None where there is none."""
+    known = open_registry(tracking_uri).search_model_versions(f"name='{version.name}'")
+    return max((int(one.version) for one in known if int(one.version) != version.number), default=None)
 
 
 def behind_haproxy(arguments: Sequence[str], tables: Sequence[str], folder: Path, common: dict[str, str]) -> list[dict[str, Any]]:
@@ -556,8 +612,12 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if "haproxy" in options.paths and not in_haproxy and on_paths:
             records += behind_haproxy(given, on_paths, folder, recorder.common)
         if {"default", "grpc"} & set(options.paths) or in_haproxy:
-            needs_other = {"swap", "upsert", "soak"} & set(options.tables)
-            other = (options.other or another_version(source, version)) if needs_other else version.number
+            other = options.other or another_version(source, version)
+            if other is None and (compared := {"swap", "upsert"} & set(options.tables)):
+                tables = " and ".join(sorted(compared))
+                raise SystemExit(
+                    f"{version.name} has one version: {tables} need one more that answers otherwise; train one with other settings, or leave them out"
+                )
             tracking_uri = copy_registry(source, folder)
             served = fetched(tracking_uri, version.name, version.number, folder / "no catalogue")
             count = max(sizes.requests * (sizes.rounds + 1), sizes.queries, 50 * BATCH)

@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,6 +42,7 @@ class Plan:
         seconds, requests: the run ends after either, or at the end of standard input.
         keep_every: every so many answers are kept in short form; 0: none.
         batch_every: every so many requests are a batch of 8; 0: none.
+        variants: further fields of single requests as the API takes them, in turn; ({},) asks for nothing more.
         grpc: `port` is that of Serve's gRPC proxy; recalls alone, in a closed loop.
         retries: asks through the recall client, with so many retries; None: through plain sockets, and once.
     """
@@ -56,6 +57,7 @@ class Plan:
     requests: int | None = None
     keep_every: int = 0
     batch_every: int = 0
+    variants: Sequence[Mapping[str, Any]] = ({},)
     grpc: bool = False
     retries: int | None = None
 
@@ -64,13 +66,17 @@ class Plan:
             raise ValueError("grpc: expected a closed loop of single requests without retries")
         if (self.clients is None) == (self.rate is None):
             raise ValueError("expected either clients (closed loop) or a rate (open loop)")
-        if not self.queries or not 0 < (self.clients or 1) <= MAX_CONNECTIONS or not 0 < (self.rate or 1.0) <= MAX_RATE:
-            raise ValueError(f"expected queries, at most {MAX_CONNECTIONS} clients and a rate of at most {MAX_RATE:.0f} a second")
+        if any(self.variants) and (self.grpc or self.retries is not None):
+            raise ValueError("variants: expected neither grpc nor retries beside them")
+        if not self.queries or not self.variants or not 0 < (self.clients or 1) <= MAX_CONNECTIONS or not 0 < (self.rate or 1.0) <= MAX_RATE:
+            raise ValueError(f"expected queries, variants, at most {MAX_CONNECTIONS} clients and a rate of at most {MAX_RATE:.0f} a second")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One request. due: when it was to be sent. sent, done: when it was sent and answered. status: of HTTP. kept: the answer in short form, see `short_form`."""
+    """One request. due: when it was to be sent. sent, done: when it was sent and answered. status: of HTTP. kept: the answer in short form, see `short_form`.
+    fields: names of the further fields that it had.
+    """
 
     due: float
     sent: float
@@ -78,6 +84,18 @@ class Outcome:
     status: int
     query: str
     kept: dict[str, Any] | None = None
+    fields: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextRequest:
+    """What to send: `number` counts requests, `fields` names what it has beyond query and limit."""
+
+    number: int
+    query: str
+    path: str
+    body: bytes
+    fields: Sequence[str] = ()
 
 
 @dataclass
@@ -88,15 +106,18 @@ class Asked:
     outcomes: list[Outcome] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def next_request(self) -> tuple[int, str, str, bytes]:
-        """Number, query, path and body of the next request."""
+    def next_request(self) -> NextRequest:
+        """The next request of the plan."""
         number = next(self.numbers)
-        queries, limit = self.plan.queries, self.plan.limit
+        queries, limit, variants = self.plan.queries, self.plan.limit, self.plan.variants
         query = queries[number % len(queries)]
         if self.plan.batch_every and number % self.plan.batch_every == self.plan.batch_every - 1:
             several = [{"query": queries[(number + step) % len(queries)], "limit": limit} for step in range(8)]
-            return number, query, "/v1/recall/batch", json.dumps({"requests": several}).encode()
-        return number, query, "/v1/recall", json.dumps({"query": query, "limit": limit}).encode()
+            return NextRequest(number=number, query=query, path="/v1/recall/batch", body=json.dumps({"requests": several}).encode())
+        # Another variant after each round of the queries too, so that every query meets every variant.
+        more = variants[(number + number // len(queries)) % len(variants)]
+        body = json.dumps({"query": query, "limit": limit, **more}).encode()
+        return NextRequest(number=number, query=query, path="/v1/recall", body=body, fields=sorted(more))
 
     def keeps(self, number: int) -> bool:
         """Whether the answer to this request is kept."""
@@ -135,6 +156,8 @@ class Connection:
             return FAILED, b""
 
     async def _ask(self, path: str, body: bytes) -> tuple[int, bytes]:
+        if self._streams is not None and self._streams[0].at_eof():  # the server closed it while it lay idle: no failure of this request, which is not sent yet
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
         reader, writer = self._streams
@@ -198,12 +221,13 @@ async def _chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _ask_once(asked: Asked, connection: Connection | GrpcConnection, due: float | None) -> None:
-    number, query, path, body = asked.next_request()
+    request = asked.next_request()
     sent = time.monotonic()
-    status, answer = await connection.ask(path, body)
+    status, answer = await connection.ask(request.path, request.body)
     done = time.monotonic()
-    kept = short_form(connection.read(answer)) if status == 200 and path == "/v1/recall" and asked.keeps(number) else None
-    asked.outcomes.append(Outcome(due=sent if due is None else due, sent=sent, done=done, status=status, query=query, kept=kept))
+    kept = short_form(connection.read(answer)) if status == 200 and request.path == "/v1/recall" and asked.keeps(request.number) else None
+    due = sent if due is None else due
+    asked.outcomes.append(Outcome(due=due, sent=sent, done=done, status=status, query=request.query, kept=kept, fields=request.fields))
 
 
 async def run(plan: Plan, ended: asyncio.Event) -> list[Outcome]:
@@ -274,7 +298,7 @@ async def _run_retrying(plan: Plan, asked: Asked, over: Callable[[], bool], star
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             if over():
                 break
-            pool.submit(request, due, asked.next_request()[1])
+            pool.submit(request, due, asked.next_request().query)
     return asked.outcomes
 
 

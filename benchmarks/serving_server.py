@@ -67,6 +67,59 @@ def again(client: MlflowClient, name: str, number: int) -> int:
     return int(added.version)
 
 
+class RegistryServer:
+    """`mlflow server` over a sqlite registry, in a process group of its own; a context that ends it.
+
+    Attributes:
+        uri: as clients name it; the same after a restart.
+    """
+
+    def __init__(self, backend_uri: str, folder: Path) -> None:
+        (port,) = _free_ports(1)
+        self._backend_uri, self._folder, self._port = backend_uri, folder, port
+        self._process: subprocess.Popen[bytes] | None = None
+        self.uri = f"http://127.0.0.1:{port}"
+
+    def start(self) -> None:
+        """Start it and wait until it answers.
+
+        Raises:
+            RuntimeError: it ended, or does not answer within `WAIT_S`; its output says why.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        where = ["--host", "127.0.0.1", "--port", str(self._port), "--workers", "1"]
+        stores = ["--backend-store-uri", self._backend_uri, "--default-artifact-root", str(self._folder / "artifacts"), "--no-serve-artifacts"]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self._folder / "mlflow.log").open("ab") as log:
+            command = [sys.executable, "-m", "mlflow", "server", *where, *stores]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, env=environment, start_new_session=True)
+        deadline = time.monotonic() + WAIT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"mlflow server does not answer:\n{(self._folder / 'mlflow.log').read_text(errors='replace')[-2000:]}")
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as response:
+                return bool(response.status == 200)
+        except (OSError, ValueError):
+            return False
+
+    def stop(self) -> None:
+        """End it with its workers, without notice."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def __enter__(self) -> RegistryServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
 class Load:
     """A load generator at work; `finish` ends it and gives its outcomes."""
 
@@ -212,6 +265,14 @@ class Server:
                     found.append(process.pid)
         return sorted(found)
 
+    def replicas_that_logged(self, words: str) -> dict[str, int]:
+        """How many lines of each replica's log have these words, by the log's name; replicas that logged none are left out."""
+        import ray._private.worker
+
+        folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path()) / "serve"
+        found = {one.name: one.read_text(errors="replace").count(words) for one in folder.glob(f"replica_{APPLICATION}_*.log")}
+        return {name: count for name, count in found.items() if count}
+
     def kill(self, pid: int) -> None:
         """End one process, without notice."""
         assert pid in [one.pid for one in psutil.Process().children(recursive=True)], "only what this benchmark started"
@@ -236,6 +297,10 @@ class Server:
     def challenger(self, number: int) -> None:
         """Move the other alias."""
         self.registry.set_registered_model_alias(self.model, CHALLENGER, str(number))
+
+    def is_live_everywhere(self, number: int) -> bool:
+        """Whether ten answers in a row, which replicas share, name a version."""
+        return all(self.is_live(number) for _ in range(10))
 
     def champion_number(self) -> int:
         return resolve(f"models:/{self.model}@{CHAMPION}", self.registry).number

@@ -3,7 +3,7 @@
     python jobs/assign_items.py --recipe home_depot --items new_items.jsonl --output assigned/
 
 Reads Parquet, JSONL or CSV with at least `item_id` and `title`. Writes `placed.parquet` (item_id, sid, sid_row, quantization_error,
-known) and `rejected.parquet`. The SIDs are those of the champion, or of the version that --model names. With --append-log the items also go into the
+known, unknown_category) and `rejected.parquet`, and says by the limits of the servers' drift alarm whether it is time to retrain. The SIDs are those of the champion, or of the version that --model names. With --append-log the items also go into the
 model's catalogue log, from where every server takes them within seconds.
 """
 

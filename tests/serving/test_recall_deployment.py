@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from genrecall.config import Places
 from genrecall.registry.promotion import register
 from genrecall.registry.versions import fetch_bundle
 from genrecall.serving import recall_pb2
+from genrecall.serving.api import RETRY_AFTER_S
 from genrecall.serving.client import RecallError
 from genrecall.serving.grpc_client import GrpcRecallClient
 from genrecall.serving.messages import ModelInfo, RecallRequest, RecallResponse
@@ -66,13 +68,18 @@ class Server:
         _get_global_client().deploy_apps(ServeDeploySchema(applications=[application]), _blocking=True)
 
     def call(self, path: str, body: Any = None, key: str = KEY) -> tuple[int, Any]:
+        status, _, answer = self.exchange(path, body, key)
+        return status, answer
+
+    def exchange(self, path: str, body: Any = None, key: str = KEY) -> tuple[int, Message, Any]:
+        """Status, headers and answer."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers={"content-type": "application/json", "x-api-key": key})
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
-                return response.status, json.load(response)
+                return response.status, response.headers, json.load(response)
         except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+            return error.code, error.headers, json.load(error)
 
     def champion(self, number: int) -> None:
         self.registry.set_registered_model_alias("shop", "champion", str(number))
@@ -246,15 +253,28 @@ def test_a_canary_comes_and_goes_by_a_deployed_config_without_a_restart(server):
     assert server.replica() == replica
 
 
-def test_more_requests_than_it_takes_are_answered_503_at_once_and_the_others_served(server):
+def test_more_requests_than_it_takes_are_answered_503_at_once_with_retry_after_and_the_others_served(server):
+    """A batch larger than the queue (max_waiting) fills it for as long as it is worked on."""
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(40) as pool:
-        answers = list(pool.map(lambda number: server.call("/v1/recall", {"query": f"hose {number}"}), range(120)))
-    statuses = {status for status, _ in answers}
-    assert statuses <= {200, 503}
-    assert 200 in statuses
-    assert {answer["versions"]["model"] for status, answer in answers if status == 200} == {"shop/1"}
+    singles: list[tuple[int, Message, Any]] = []
+    with ThreadPoolExecutor(2) as pool:
+        for turn in range(20):
+            batch = {"requests": [{"query": f"hose {turn} {number}", "beam_size": 200, "limit": 1000} for number in range(64)]}
+            whole = pool.submit(server.call, "/v1/recall/batch", batch)
+            while not whole.done():
+                singles.append(server.exchange("/v1/recall", {"query": f"lamp {len(singles)}"}))
+            status, answer = whole.result()
+            assert status in (200, 503)
+            if status == 200:
+                assert {one["versions"]["model"] for one in answer["answers"]} == {"shop/1"}
+            if status == 200 and any(one[0] == 503 for one in singles):
+                break
+    assert {status for status, _, _ in singles} <= {200, 503}
+    refused = [(headers["Retry-After"], answer["error"]) for status, headers, answer in singles if status == 503]
+    assert refused
+    assert set(refused) == {(str(RETRY_AFTER_S), "too many requests are waiting")}
+    assert server.call("/v1/recall", {"query": "hose"})[0] == 200
 
 
 def test_grpc_gives_the_answers_of_http_and_its_refusals(server):

@@ -74,15 +74,74 @@ def test_quick_mode_measures_the_tables_of_one_replica(benchmark, ray_cluster, r
     assert set(records[0]) == {"table", "row", "metric", "value", "low", "high", "batch", "beam", "threads", "machine", "command", "commit"}
 
 
+@pytest.fixture
+def of_one_version(benchmark, ray_cluster, registry, untrained_line):
+    """`of_one_version(table)` are the figures of a quick run on a model with one version."""
+    register(untrained_line(), "lonely", metrics={})
+    registry.set_registered_model_alias("lonely", "champion", "1")
+
+    def run(table: str) -> dict[tuple[str, str, str], float]:
+        arguments = ["--quick", "--paths", "default", "--model", "lonely", "--tracking-uri", registry.tracking_uri, "--beam", "5"]
+        return {(one["table"], one["row"], one["metric"]): one["value"] for one in benchmark.main([*arguments, "--tables", table])}
+
+    return run
+
+
+def test_replicas_outlive_what_fails_and_notice_that_the_registry_is_away(of_one_version):
+    figures = of_one_version("failures")
+    assert figures["failures", "registry away", "replicas_that_noticed"] == 2
+    assert figures["failures", "registry away", "errors_seen"] == 0
+    assert figures["failures", "registry back", "swap_live_s"] < 120
+    assert figures["failures", "replica killed, client retries", "errors_sent_later"] == 0
+    assert figures["failures", "replica killed, client retries", "errors_seen"] == 0
+
+
+def test_a_model_with_one_version_is_soaked_by_swaps_to_the_same_bundle(of_one_version):
+    figures = of_one_version("soak")
+    assert figures["soak", "default", "failed_requests"] == figures["soak", "default", "mixed_version_answers"] == 0
+    assert figures["soak", "default", "swaps"] >= 2
+    assert figures["soak", "with further fields", "requests"] > 0
+
+
 def test_versions_that_answer_alike_are_not_compared(benchmark):
     known = benchmark.KnownVersion(model="m/1", bundle="b", sids=frozenset("ab"), sid_of={}, reference={"x": frozenset("ab"), "y": frozenset("b")})
     with pytest.raises(SystemExit, match=r"answer 2 of 2 queries alike"):
         benchmark._require_distinct(known, known, ["x", "y"])
 
 
-def test_a_registry_that_cannot_be_copied_and_a_model_with_one_version_are_refused(benchmark, registry, tmp_path):
+def test_a_registry_that_cannot_be_copied_and_swaps_without_a_second_version_are_refused(benchmark, registry, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="sqlite"):
         benchmark.copy_registry("http://127.0.0.1:1", tmp_path)
     lonely = benchmark.Version(name="nobody", number=1, manifest_sha256="0" * 64)
-    with pytest.raises(SystemExit, match="no other version"):
-        benchmark.another_version(registry.tracking_uri, lonely)
+    assert benchmark.another_version(registry.tracking_uri, lonely) is None
+    monkeypatch.setattr(benchmark, "another_version", lambda *_: None)
+    arguments = ["--quick", "--paths", "default", "--model", "shop", "--tracking-uri", registry.tracking_uri, "--tables", "upsert", "swap"]
+    with pytest.raises(SystemExit, match="shop has one version: swap and upsert need one more"):
+        benchmark.main(arguments)
+
+
+def test_the_mixed_load_asks_for_what_the_catalogue_holds(benchmark, registry):
+    served = benchmark.fetched(registry.tracking_uri, "shop", 1)
+    variants = benchmark.variants_of(served)
+    assert {name for one in variants for name in one} == {"filters", "history", "shopper", "explain", "deadline_ms", "beam_size", "limit"}
+    assert sum(not one for one in variants) == len(variants) / 2
+    for one in variants:
+        request = benchmark.RecallRequest.model_validate({"query": "angle bracket", **one})
+        (answer,) = benchmark.answer_batch(served, [request], (20, 10, 5))
+        assert answer.items
+        assert not answer.degraded_by
+
+
+def test_a_registry_behind_a_server_goes_away_and_comes_back(benchmark, registry, tmp_path, caplog):
+    """What `failures` does to the registry of the replicas, without them."""
+    with benchmark.RegistryServer(benchmark.copy_registry(registry.tracking_uri, tmp_path), tmp_path / "server") as server:
+        follower = benchmark.BundleFollower("models:/shop@champion", server.uri)
+        served = follower.load()
+        client = benchmark.open_registry(server.uri)
+        client.set_registered_model_alias("shop", "champion", "2")
+        server.stop()
+        assert follower.newer(served) is None
+        assert benchmark.REGISTRY_AWAY in caplog.text
+        assert follower.refused is None
+        server.start()
+        assert follower.newer(served).version.number == 2

@@ -43,6 +43,9 @@ ROLLED_BACK_AT_TAG = "genrecall.rolled_back_at"
 CATALOG_SEQ_TAG = "genrecall.catalog_seq"
 """What the version's items hold of the catalogue log: whoever compacts it looks here."""
 
+UNFINISHED_TAG = "genrecall.unfinished"
+"""On a version that is whole but for its alias: whoever registers the bundle again sets that."""
+
 _PYFUNC_MODEL = Path(__file__).with_name("pyfunc_model.py")
 _SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string", "query")]),
@@ -68,7 +71,7 @@ class RegistryConfig:
 def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float]) -> Version:
     """Register a bundle as the next version of `model_name` and give it the alias `challenger`.
 
-    A bundle that is registered already (same manifest) keeps its version and aliases; where that was cut short, it is registered anew. Runs inside the active
+    A bundle that is registered already (same manifest) keeps its version and aliases; where that was cut short, it is made whole or registered anew. Runs inside the active
     MLflow run, else in one of its own.
 
     Args:
@@ -78,6 +81,8 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
     manifest_sha256 = sha256_of(bundle.path / MANIFEST)
     for known in client.search_model_versions(f"name='{model_name}'"):
         if known.tags.get(MANIFEST_TAG) == manifest_sha256:
+            if UNFINISHED_TAG in known.tags:
+                _make_challenger(client, model_name, str(known.version))
             return resolve(f"models:/{model_name}/{known.version}", client)
     if mlflow.active_run() is None:
         with mlflow.start_run(run_name="register_model"):
@@ -95,9 +100,15 @@ def register(bundle: Artifact, model_name: str, *, metrics: Mapping[str, float])
     mlflow.log_metrics(dict(metrics), model_id=info.model_id)
     number = str(info.registered_model_version)
     client.set_model_version_tag(model_name, number, CATALOG_SEQ_TAG, str(bundle.json("bundle.json").get("catalog_seq", 0)))
-    client.set_registered_model_alias(model_name, CHALLENGER, number)
-    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)  # last: a version that has it is complete
+    client.set_model_version_tag(model_name, number, UNFINISHED_TAG, "alias")
+    client.set_model_version_tag(model_name, number, MANIFEST_TAG, manifest_sha256)  # before the alias: servers refuse a challenger without it
+    _make_challenger(client, model_name, number)
     return resolve(f"models:/{model_name}/{number}", client)
+
+
+def _make_challenger(client: MlflowClient, model_name: str, number: str) -> None:
+    client.set_registered_model_alias(model_name, CHALLENGER, number)
+    client.delete_model_version_tag(model_name, number, UNFINISHED_TAG)
 
 
 def aliases_of(version: Version) -> list[str]:

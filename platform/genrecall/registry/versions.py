@@ -6,10 +6,12 @@ bundle's manifest must hash to what the version's tag says.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,17 @@ BUNDLE_FOLDER = "artifacts/bundle"
 METRICS_FILE = "metrics.json"
 
 _ADDRESS = re.compile(r"models:/(?P<name>[\w. -]+)(?:@(?P<alias>[\w-]+)|/(?P<number>[0-9]+))")
+_USERINFO = re.compile(r"://[^/\s]*@")  # to the last @: a password may hold one that nobody escaped
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NOT_THERE = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"})
 
 
 class RegistryError(ValueError):
     """An address that names no registered version, or a version that cannot be used."""
+
+
+class NotRegisteredError(RegistryError):
+    """The registry has no such model, alias or version."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,20 @@ class Version:
     def text(self) -> str:
         """`name/number`, as answers and logs show it."""
         return f"{self.name}/{self.number}"
+
+
+def redacted(error: object) -> str:
+    """What an error says, without the user and password of the URLs in it: MLflow's name the whole address of the registry."""
+    return _USERINFO.sub("://***@", str(error))
+
+
+@contextlib.contextmanager
+def redacting() -> Iterator[None]:
+    """Raise MLflow's errors as a `RegistryError` that is `redacted`, without their cause: a traceback would show the password too."""
+    try:
+        yield
+    except MlflowException as error:
+        raise RegistryError(f"the registry or its store failed: {redacted(error)}") from None
 
 
 def is_address(text: str) -> bool:
@@ -83,7 +104,8 @@ def resolve(address: str, client: MlflowClient) -> Version:
     a production configuration names its model.
 
     Raises:
-        RegistryError: no such model, alias or version; the message lists the champions there are.
+        NotRegisteredError: no such model, alias or version; the message lists the champions there are.
+        RegistryError: a version that cannot be used.
         MlflowException: the registry does not answer.
     """
     if address == LATEST_CHAMPION:
@@ -101,7 +123,7 @@ def resolve(address: str, client: MlflowClient) -> Version:
         if error.error_code not in _NOT_THERE:
             raise
         known = ", ".join(f"models:/{one}@{CHAMPION}" for _, one in _champions(client)) or "none"
-        raise RegistryError(f"{address}: not in the registry; champions there: {known}") from error
+        raise NotRegisteredError(f"{address}: not in the registry; champions there: {known}") from error
     tag = found.tags.get(MANIFEST_TAG)
     if not tag:
         raise RegistryError(f"{address}: version {found.version} was not registered by genrecall (no {MANIFEST_TAG} tag); use jobs/register_model.py")

@@ -11,7 +11,7 @@ import logging
 from ray.serve.metrics import Gauge
 
 from genrecall.registry.bundle import Bundle
-from genrecall.serving.drift import DriftLimits
+from genrecall.registry.drift import DriftLimits
 from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.messages import CatalogueInfo
 

@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from genrecall.registry.versions import redacted
 from genrecall.serving.hot_swap import BundleFollower
 from genrecall.serving.messages import ChallengerInfo, RecallRequest, RecallResponse
 from genrecall.serving.recall_service import ServedBundle, answer_batch
@@ -80,20 +81,26 @@ class Challenger:
         self.changed.set()
 
     def follow(self, champion: ServedBundle) -> None:
-        """Look at the alias: load, exchange or drop the challenger. A version that is the champion is none."""
-        before = self.served
-        found = self._follower.optional(before, champion.version) if self.shares.needs_challenger else None
-        if found is not None and (before is None or found.version != before.version):
-            answer_batch(found, [RecallRequest(query="")], self._beam_sizes)
-            logger.info("challenger %s beside %s", found.version.text, champion.version.text)
-        with self._lock:
-            if found is not before:  # else it stays what `follow_log` made of it meanwhile: a later state, or none where it cannot take the log
-                self.served = found
-            served = self.served
+        """Look at the alias: load, exchange or drop the challenger. A version that is the champion is none. One that is exchanged makes room before the other is
+        loaded, and the champion answers meanwhile."""
+        loaded = self.served.version if self.served is not None else None
+        wanted = self._follower.wanted_challenger(loaded, champion.version) if self.shares.needs_challenger else None
+        if wanted != loaded:  # else it stays what `follow_log` made of it meanwhile: a later state, or none where it cannot take the log
+            self._exchange(None)
+            found = self._follower.load_challenger(wanted) if wanted is not None else None
+            if found is not None:
+                answer_batch(found, [RecallRequest(query="")], self._beam_sizes)
+                logger.info("challenger %s beside %s", found.version.text, champion.version.text)
+                self._exchange(found)
+        served = self.served
         if not self.shares.needs_challenger:
             self._follower.refused = None
         self._version.set(float(served.version.number) if served else 0.0)
         self._refused.set(float(self._follower.refused is not None))
+
+    def _exchange(self, found: ServedBundle | None) -> None:
+        with self._lock:
+            self.served = found
 
     def follow_log(self) -> None:
         """Take in the next changes of the catalogue log. A challenger that cannot is let go: it would serve what has been delisted."""
@@ -103,7 +110,7 @@ class Challenger:
             try:
                 self.served = self._follower.up_to_date(self.served)
             except Exception as error:  # the edge: whatever is wrong with it, the champion is in service
-                logger.error("no challenger: %s: %s", self.served.version.text, error)
+                logger.error("no challenger: %s: %s", self.served.version.text, redacted(error))
                 self.served = None
 
     def canary_of(self, request: RecallRequest) -> bool:
@@ -177,4 +184,4 @@ def follow_forever(challenger: Challenger, champion: Callable[[], ServedBundle],
         try:
             challenger.follow(champion())
         except Exception as error:  # the edge: the champion serves whatever is wrong with the challenger
-            logger.error("the challenger was not looked at: %s: %s", type(error).__name__, error)
+            logger.error("the challenger was not looked at: %s: %s", type(error).__name__, redacted(error))

@@ -2,7 +2,8 @@
 
 Needs nothing but the standard library and pydantic. Tried again: 503 (waiting as long as Retry-After says), connections that fail or break, and a 500 that is
 not the API's own, which Serve's proxy gives for a replica that died; asking twice does no harm, and neither does sending the same changes of the catalogue twice.
-A timeout is not tried again: whoever waits for the answer has gone on.
+A timeout is not tried again: whoever waits for the answer has gone on. Nor is anything once the request's deadline would have passed before the next attempt;
+an attempt before that is given what is left of it.
 """
 
 from __future__ import annotations
@@ -106,14 +107,18 @@ class RecallCalls(ABC):
         """
 
     def _ask(self, call: str, message: Message | None, kind: type[Answer]) -> Answer:
+        started, deadline_ms, asked = time.monotonic(), _deadline_ms(message), message
         for attempt in range(self.retries + 1):
             try:
-                return self._attempt(call, message, kind)
+                return self._attempt(call, asked, kind)
             except AskAgain as again:
-                if attempt == self.retries:
-                    raise again.failure from again.failure.__cause__
                 wait_s = random.uniform(0.5, 1.0) * _FIRST_WAIT_S * 2**attempt if again.after_s is None else again.after_s
-                time.sleep(min(wait_s, MAX_WAIT_S))
+                wait_s = min(wait_s, MAX_WAIT_S)
+                gone_ms = 1e3 * (time.monotonic() - started + wait_s)
+                if attempt == self.retries or (deadline_ms is not None and gone_ms >= deadline_ms):
+                    raise again.failure from again.failure.__cause__
+                time.sleep(wait_s)
+                asked = _after(message, gone_ms)
         raise AssertionError("retries are at least 0")
 
     def recall(
@@ -178,6 +183,21 @@ class RecallCalls(ABC):
         records = [ItemUpsert.model_validate(one) for one in upsert]
         changes = ItemsRequest(upsert=records, delist=list(delist), out_of_stock=list(out_of_stock), in_stock=list(in_stock))
         return self._ask("change_items", changes, ItemsAccepted)
+
+
+def _deadline_ms(message: Message | None) -> int | None:
+    """The deadline of a request, of a batch the first; None where there is none."""
+    requests = message.requests if isinstance(message, RecallBatchRequest) else [message] if isinstance(message, RecallRequest) else []
+    return min((one.deadline_ms for one in requests if one.deadline_ms is not None), default=None)
+
+
+def _after(message: Message | None, gone_ms: float) -> Message | None:
+    """A message with what is left of its deadlines."""
+    if isinstance(message, RecallBatchRequest):
+        return message.model_copy(update={"requests": [_after(one, gone_ms) for one in message.requests]})
+    if isinstance(message, RecallRequest) and message.deadline_ms is not None:
+        return message.model_copy(update={"deadline_ms": max(1, int(message.deadline_ms - gone_ms))})
+    return message
 
 
 class RecallClient(RecallCalls):

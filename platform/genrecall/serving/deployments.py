@@ -20,7 +20,6 @@ import torch
 from ray import serve
 
 from genrecall.registry.catalogue_log import CatalogueLogError
-from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.serving import recall_pb2
 from genrecall.serving.answer_cache import AnswerCache, key_of
 from genrecall.serving.api import LateError, OverloadedError, VersionNotLoadedError, create_app
@@ -88,7 +87,9 @@ class RecallDeployment:
         # Before the first request: the torch thread starts, and the widest beam's buffers are there.
         self._torch_thread.submit(answer_batch, self._served, [RecallRequest(query="")], self._settings.beam_sizes).result()
         logger.info("serving %s (%s)", self._served.version.text, self._follower.address)
-        threading.Thread(target=self._follow, name="follower", daemon=True).start()
+        threading.Thread(target=self._follow_keys, name="key follower", daemon=True).start()
+        if self._settings.follow_s:
+            threading.Thread(target=self._follow, name="follower", daemon=True).start()
         threading.Thread(
             target=follow_forever, args=(self._challenger, lambda: self._served, self._settings.follow_s), name="challenger follower", daemon=True
         ).start()
@@ -234,15 +235,13 @@ class RecallDeployment:
         """
         log = self._follower.log
         assert log is not None, "checked at the start"
-        records = [ItemRecord(**{**one.model_dump(), "category_path": tuple(one.category_path)}) for one in changes.upsert]
-        flags = {**dict.fromkeys(changes.out_of_stock, False), **dict.fromkeys(changes.in_stock, True)}
         try:
-            append = functools.partial(log.append, records, changes.delist, in_stock=flags, wait_s=_LOCK_WAIT_S)
+            append = functools.partial(log.append, changes.records(), changes.delist, in_stock=changes.stock_flags(), wait_s=_LOCK_WAIT_S)
             sequence = await asyncio.get_running_loop().run_in_executor(self._log_thread, append)
         except CatalogueLogError as error:
             logger.error("the catalogue was not changed: %s", error)
             raise OverloadedError("the catalogue log cannot be written now; send the same changes again") from error
-        return ItemsAccepted(catalog_seq=sequence, upserted=len(records), delisted=len(changes.delist), stock_flags=len(flags))
+        return changes.accepted(sequence)
 
     def ready(self) -> bool:
         """Whether requests get answered: the bundle was verified and warmed up before the replica started, so only a batch that hangs can stand in the way."""
@@ -264,16 +263,19 @@ class RecallDeployment:
         if not self.ready():
             raise RuntimeError(f"a batch has been running for more than {STUCK_AFTER_S:.0f} s")
 
-    def _follow(self) -> None:
-        """Look at the key files and the registry now and then, from the replica's start to its end, in a thread of its own; at the keys also where no registry
-        is followed: a key that was taken out must stop to open the API."""
-        torch.set_num_threads(self._settings.torch_threads)
+    def _follow_keys(self) -> None:
+        """Look at the key files now and then, from the replica's start to its end, in a thread of its own: a key that was taken out must stop to open the API,
+        also where no registry is followed and while one does not answer."""
         while True:
             time.sleep(self._settings.follow_s or KEYS_AGAIN_S)
             self._keys.refresh()
             self._admin_keys.refresh()
-            if self._settings.follow_s == 0:
-                continue
+
+    def _follow(self) -> None:
+        """Look at the registry now and then, from the replica's start to its end, in a thread of its own."""
+        torch.set_num_threads(self._settings.torch_threads)
+        while True:
+            time.sleep(self._settings.follow_s)
             found = self._follower.newer(self._served, self._challenger.served)
             self._metrics.refuses(self._follower.refused is not None)
             if found is not None:

@@ -2,6 +2,9 @@
 
 A version that cannot be verified or cannot take the log is refused and named in `refused`; the one in service stays. The version served before stays
 loaded, so that going back to it takes no time but that of the changes since; it makes room before a third is loaded.
+
+A registry over HTTP that does not answer is given up after `REGISTRY_TIMEOUT_S`, twice, and asked again at the next look: with MLflow's own defaults (7 retries of
+120 s) a moved alias would go unseen for minutes after an outage. The environment's MLFLOW_HTTP_REQUEST_TIMEOUT and MLFLOW_HTTP_REQUEST_MAX_RETRIES go first.
 """
 
 from __future__ import annotations
@@ -9,16 +12,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
 import time
 from pathlib import Path
 
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
-from genrecall.registry.versions import CHALLENGER, CHAMPION, RegistryError, Version, fetch_bundle, open_registry, resolve
+from genrecall.registry.versions import (
+    CHALLENGER,
+    CHAMPION,
+    NotRegisteredError,
+    RegistryError,
+    Version,
+    fetch_bundle,
+    open_registry,
+    redacted,
+    redacting,
+    resolve,
+)
 from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.recall_service import ServedBundle
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
+
+REGISTRY_TIMEOUT_S = 10
+"""Of one request to an HTTP registry or its store: for connecting, and for each wait for bytes."""
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REGISTRY_TIMEOUT_S))
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+REGISTRY_AWAY = "the registry does not answer"
+"""How the log line of each vain look begins."""
 
 RETRY_REFUSED_S = 60.0
 """A refused version is tried again after this time: a download may have been cut off."""
@@ -57,16 +81,17 @@ class BundleFollower:
         """The bundle the address means now.
 
         Raises:
-            RegistryError: there is none.
+            RegistryError: there is none, or the registry or its store failed.
             ArtifactError, BundleError: it cannot be trusted.
             CatalogueLogError: the catalogue log cannot be read, or lacks changes that the bundle needs.
         """
-        version = resolve(self.address, self._client)
-        if not self.address.startswith("models:/"):
-            self.address = f"models:/{version.name}@{CHAMPION}"
-        if self._catalogues is not None:
-            self.log = CatalogueLog(log_folder(self._catalogues, version.name))
-        return self._load(version)
+        with redacting():
+            version = resolve(self.address, self._client)
+            if not self.address.startswith("models:/"):
+                self.address = f"models:/{version.name}@{CHAMPION}"
+            if self._catalogues is not None:
+                self.log = CatalogueLog(log_folder(self._catalogues, version.name))
+            return self._load(version)
 
     def caught_up(self, served: ServedBundle) -> ServedBundle:
         """With the next changes of the catalogue log, or the same object where there are none.
@@ -94,10 +119,10 @@ class BundleFollower:
         try:
             version = resolve(self.address, self._client)
         except RegistryError as error:
-            self._refuse(None, served, error)
+            self._refuse(None, error, f"keeping {served.version.text}")
             return None
         except Exception as error:  # the edge: a registry that is down, however it shows, leaves what is loaded in service
-            logger.warning("the registry does not answer, keeping %s: %s", served.version.text, error)
+            logger.warning("%s, keeping %s: %s", REGISTRY_AWAY, served.version.text, redacted(error))
             return None
         if version == served.version:
             self.refused = self._refused_version = None
@@ -112,41 +137,47 @@ class BundleFollower:
         try:
             found = self._load(version) if kept is None else self._replayed(kept)
         except Exception as error:  # the edge again: whatever is wrong with another version, the one in service stays
-            self._refuse(version, served, error)
+            self._refuse(version, error, f"keeping {served.version.text}")
             return None
         self.refused = self._refused_version = None
         self._previous = served
         return found
 
     def of_challenger(self, name: str) -> BundleFollower:
-        """A follower of the alias `challenger` of model `name`, for `optional`; it reads the same registry, cache and folder of the catalogue log."""
+        """A follower of the alias `challenger` of model `name`, for `wanted_challenger` and `load_challenger`; it reads the same registry, cache and folder of the catalogue log."""
         other = copy.copy(self)
         other.address = f"models:/{name}@{CHALLENGER}"
         other.refused = other._previous = other._refused_version = None
         other.log = CatalogueLog(log_folder(self._catalogues, name)) if self._catalogues is not None else None  # its own: another thread reads it
         return other
 
-    def optional(self, served: ServedBundle | None, champion: Version) -> ServedBundle | None:
-        """What an alias that need not be there means now, verified: `served` itself, another bundle in the role of challenger, or None where the alias is gone,
-        names the champion, or its version is refused. A registry that does not answer leaves `served`."""
+    def wanted_challenger(self, loaded: Version | None, champion: Version) -> Version | None:
+        """The version that an alias which need not be there means now: `loaded`, or one for `load_challenger`. None where the alias is absent, names the champion,
+        or its version is refused. A registry that does not answer leaves `loaded`."""
         try:
             version = resolve(self.address, self._client)
-        except RegistryError:
+        except NotRegisteredError:
             self.refused = self._refused_version = None
+            return None
+        except RegistryError as error:
+            self._refuse(None, error, "no challenger")
             return None
         except Exception as error:  # the edge: as in `newer`
-            logger.warning("the registry does not answer, the challenger stays as it is: %s", error)
-            return served
-        if version == champion or (served is not None and version == served.version):
+            logger.warning("%s, the challenger stays as it is: %s", REGISTRY_AWAY, redacted(error))
+            return loaded
+        if version in (champion, loaded):
             self.refused = self._refused_version = None
-            return None if version == champion else served
+            return None if version == champion else loaded
         if version == self._refused_version and time.monotonic() - self._refused_at < RETRY_REFUSED_S:
             return None
+        return version
+
+    def load_challenger(self, version: Version) -> ServedBundle | None:
+        """A version in the role of challenger, verified; None where it is refused."""
         try:
             found = dataclasses.replace(self._load(version), role="challenger")
         except Exception as error:  # the edge: as in `newer`
-            self.refused, self._refused_version, self._refused_at = f"{version.text}: {error}", version, time.monotonic()
-            logger.error("no challenger, refused %s", self.refused)
+            self._refuse(version, error, "no challenger")
             return None
         self.refused = self._refused_version = None
         return found
@@ -165,8 +196,8 @@ class BundleFollower:
         other.log = CatalogueLog(self.log.folder) if self.log is not None else None
         return other.up_to_date(served)
 
-    def _refuse(self, version: Version | None, served: ServedBundle, error: Exception) -> None:
-        reason = f"{version.text if version else self.address}: {error}"
+    def _refuse(self, version: Version | None, error: Exception, effect: str) -> None:
+        reason = f"{version.text if version else self.address}: {redacted(error)}"
         if reason != self.refused:
-            logger.error("keeping %s, refused %s", served.version.text, reason)
+            logger.error("%s, refused %s", effect, reason)
         self.refused, self._refused_version, self._refused_at = reason, version, time.monotonic()

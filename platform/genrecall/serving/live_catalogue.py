@@ -28,8 +28,8 @@ from genrecall.generator.retriever import Retriever
 from genrecall.registry.bundle import Bundle
 from genrecall.registry.catalogue_log import CatalogueLog, LogTail
 from genrecall.registry.catalogue_records import Change, ItemRecord, newest
-from genrecall.serving.drift import Drift
-from genrecall.serving.item_placer import ItemPlacer
+from genrecall.registry.drift import Drift
+from genrecall.registry.item_placer import ItemPlacer
 from genrecall.serving.later_items import LaterRows, Names, ShownItem
 from genrecall.sid.assign import oversize_sids
 from genrecall.sid.index import SidIndex
@@ -40,6 +40,7 @@ CHANGES_AT_ONCE = 1000
 """A step takes this many changes, and the rest of the request that they end in."""
 
 _UNUSED_ROWS = 1024
+_MOST = float(np.finfo(np.float32).max)
 _ALL = int(np.iinfo(np.int32).max)
 
 
@@ -269,7 +270,7 @@ class LiveBundle(Bundle):
     ) -> SegmentedIndex:
         """With newcomers, and of them what the decoder's guidance reads."""
         guidance = self.retriever.model.guidance
-        prior = np.array([one.prior_score or 0.0 for one in records], dtype=np.float32)
+        prior = np.clip([one.prior_score or 0.0 for one in records], -_MOST, _MOST).astype(np.float32)
         return index.added(
             sid_rows,
             prior,

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from genrecall.registry.catalogue_records import id_problem
+from genrecall.registry.catalogue_records import ItemRecord, id_problem
 from genrecall.sid.item_ids import MAX_ID_BYTES
 
 MAX_QUERY_CHARACTERS = 1000
@@ -299,6 +299,18 @@ class ItemsRequest(Message):
         default=[], max_length=MAX_ITEMS, description="ids that the filter in_stock passes over from now on, whatever record they get and while they have none"
     )
     in_stock: list[NewItemId] = Field(default=[], max_length=MAX_ITEMS, description="ids that it passes over no longer")
+
+    def records(self) -> list[ItemRecord]:
+        """What to upsert, as the catalogue log holds it."""
+        return [ItemRecord(**{**one.model_dump(), "category_path": tuple(one.category_path)}) for one in self.upsert]
+
+    def stock_flags(self) -> dict[str, bool]:
+        """Whether an item is in stock, by id."""
+        return {**dict.fromkeys(self.out_of_stock, False), **dict.fromkeys(self.in_stock, True)}
+
+    def accepted(self, sequence: int) -> ItemsAccepted:
+        """The answer once the log has the changes, the last of them under the number `sequence`."""
+        return ItemsAccepted(catalog_seq=sequence, upserted=len(self.upsert), delisted=len(self.delist), stock_flags=len(self.stock_flags()))
 
     def repeats(self) -> list[tuple[tuple[str | int, ...], str]]:
         """Where an id stands that stood before, and what is wrong with that; or that there is nothing at all."""

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from genrecall.registry.drift import DriftLimits
 from genrecall.registry.versions import is_address
-from genrecall.serving.drift import DriftLimits
 from genrecall.serving.messages import MAX_BEAM_SIZE
 
 _BeamSize = Annotated[int, Field(ge=1, le=MAX_BEAM_SIZE)]

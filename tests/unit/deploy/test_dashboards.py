@@ -110,5 +110,13 @@ def test_every_alert_has_a_runbook(rule):
     assert rule["labels"]["severity"] in ("warning", "critical")
 
 
+def test_a_replica_is_behind_when_it_lacks_what_another_had_a_minute_ago():
+    """Under steady changes the newest numbers always differ: only the older one says that a replica does not follow."""
+    (rule,) = [rule for rule in RULES if rule["alert"] == "GenrecallCatalogueBehind"]
+    matched = re.fullmatch(r"min by \(application\) \((\w+)\) < max by \(application\) \((\w+) offset 1m\)", rule["expr"])
+    assert matched
+    assert matched.groups() == ("ray_genrecall_catalog_seq",) * 2
+
+
 def test_an_anchor_is_made_from_its_heading():
     assert anchors("# Operations\n### Slow answers\ntext\n## Promote, roll back") == {"operations", "slow-answers", "promote-roll-back"}

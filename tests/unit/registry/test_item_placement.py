@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from genrecall.data.schema import DataError
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
+from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog
 from genrecall.registry.catalogue_records import ItemRecord
-from genrecall.registry.item_placement import append_items, assign_items
+from genrecall.registry.drift import DriftLimits
+from genrecall.registry.item_placement import PLACED, _Tally, append_items, assign_items
+from genrecall.registry.item_placer import ItemPlacer
 from genrecall.sid.assign import load_assigner
 from genrecall.sid.index import load_sid_table
 
@@ -49,9 +53,35 @@ def test_newcomers_get_the_sids_that_a_server_would_give_them(placed):
     assert (summary.placed, summary.known, summary.rejected, summary.oversize_sids) == (3, 1, 3, 0)
     assert summary.mean_quantization_error == pytest.approx(np.mean([rows[f"n{row}"]["quantization_error"] for row in range(3)]), abs=1e-3)
     assert "placed: 3" in summary.lines()
+    assert [rows[one]["unknown_category"] for one in ("n0", "i05")] == [False, None]
+    live = ItemPlacer(load_bundle(bundle.path))  # what a server measures by
+    assert summary.reference_quantization_error == pytest.approx(live.catalogue_error, abs=1e-3)
+    assert summary.unknown_categories == 0
 
     with pytest.raises(DataError, match="exists already; name a new folder"):
         assign_items(bundle, "unused", output)
+
+
+def test_alarms_are_those_of_live_drift_and_sids_that_were_oversize_before_are_not_counted():
+    tally = _Tally(np.array([11, 10, 3]), max_items_per_sid=5)
+    rows = [("a", 0, 2.0, False, True), ("b", 1, 4.0, False, False), ("c", 2, None, True, None)]
+    columns = [
+        {"item_id": one, "sid": "", "sid_row": sid, "quantization_error": error, "known": known, "unknown_category": u} for one, sid, error, known, u in rows
+    ]
+    tally.add(pa.Table.from_pylist(columns, schema=PLACED), 2, 1.0)
+    tally.add(PLACED.empty_table(), 1, None)
+    found = tally.summary(1.0, DriftLimits(min_items=2, oversize_share=0.3))
+    assert (found.placed, found.known, found.rejected) == (2, 1, 3)
+    assert found.oversize_sids == 1  # the second; the first was beyond twice the cap without them
+    assert (found.mean_quantization_error, found.reference_quantization_error, found.unknown_categories) == (3.0, 1.0, 0.5)
+    assert found.alarms == (
+        "the quantisation error of 2 later items is 3.00 times the catalogue's, above 1.5",
+        "1 of 3 SIDs grew beyond twice the cap, above a share of 0.3",
+        "50% of 2 later items have categories that the bundle does not know, above 20%",
+    )
+    assert found.lines()[-3:] == [f"ALARM: {one}" for one in found.alarms]
+    nothing = _Tally(np.array([11]), 5).summary(1.0, DriftLimits())
+    assert (nothing.mean_quantization_error, nothing.unknown_categories, nothing.alarms) == (None, None, ())
 
 
 def test_unreadable_input_leaves_nothing_behind(untrained_line, tmp_path, ray_cluster):

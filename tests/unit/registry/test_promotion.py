@@ -53,6 +53,19 @@ def test_a_registration_that_was_cut_short_is_made_whole_by_the_next(registry, u
     assert register(untrained_line(), "shop", metrics={}) == version
 
 
+def test_a_challenger_is_usable_from_the_moment_it_has_the_alias(registry, untrained_line, monkeypatch):
+    seen = []
+    set_alias = mlflow.tracking.MlflowClient.set_registered_model_alias
+
+    def looked(client, name, alias, number):
+        set_alias(client, name, alias, number)
+        seen.append(resolve(f"models:/{name}@{alias}", client).number)
+
+    monkeypatch.setattr(mlflow.tracking.MlflowClient, "set_registered_model_alias", looked)
+    assert register(untrained_line(), "shop", metrics={}).number == 1
+    assert seen == [1]
+
+
 def test_metrics_are_linked_to_the_logged_model(registry, versions):
     logged = registry.get_logged_model(registry.get_model_version("shop", "1").source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in logged.metrics} == {"a": 0.5}

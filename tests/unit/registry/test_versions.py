@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from genrecall.registry import versions
 from genrecall.registry.bundle import BundleError
 from genrecall.registry.promotion import promote, register
-from genrecall.registry.versions import BUNDLE_FOLDER, MANIFEST_TAG, RegistryError, Version, fetch_bundle, is_address, open_registry, resolve
+from genrecall.registry.versions import BUNDLE_FOLDER, MANIFEST_TAG, RegistryError, Version, fetch_bundle, is_address, open_registry, redacted, resolve
 from genrecall.storage import ArtifactError
 
 from genrecall.evaluation.gates import GateConfig  # isort: skip
@@ -165,3 +165,16 @@ def test_a_tag_that_could_leave_the_bundle_cache_is_refused(registry, registered
     registry.set_model_version_tag("shop", "1", MANIFEST_TAG, tag)
     with pytest.raises(RegistryError, match=r"genrecall\.manifest_sha256 is no sha256"):
         resolve("models:/shop/1", registry)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("get https://user:pa55@host:5000/api: no", "get https://***@host:5000/api: no"),
+        ("https://user:p@ss@host/x and s3://token@bucket/y", "https://***@host/x and s3://***@bucket/y"),
+        ("https://host/models@champion, mail@host", "https://host/models@champion, mail@host"),
+        ("models:/shop@champion: not there", "models:/shop@champion: not there"),
+    ],
+)
+def test_who_asks_and_by_what_password_is_taken_out_of_urls(said, shown):
+    assert redacted(ValueError(said)) == shown

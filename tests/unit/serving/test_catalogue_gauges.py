@@ -9,9 +9,9 @@ import pytest
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog
 from genrecall.registry.catalogue_records import ItemRecord
+from genrecall.registry.drift import DriftLimits
 from genrecall.serving import catalogue_gauges
 from genrecall.serving.catalogue_gauges import CatalogueGauges
-from genrecall.serving.drift import DriftLimits
 from genrecall.serving.live_catalogue import LiveBundle
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
 
 from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.registry.promotion import register
+from genrecall.registry.versions import MANIFEST_TAG
 from genrecall.serving import challenger as module
+from genrecall.serving import hot_swap
 from genrecall.serving.api import OverloadedError, VersionNotLoadedError
 from genrecall.serving.challenger import MAX_SHADOWS, Challenger, overlap
 from genrecall.serving.deployments import RecallDeployment
@@ -68,6 +71,41 @@ def test_a_bad_one_is_refused_and_named(pair, monkeypatch):
     assert challenger.info().refused == "shop/2: disk full"
 
 
+def test_a_registered_version_that_cannot_be_used_is_refused_and_said_once(pair, registry, caplog):
+    champion, _, challenger = pair
+    challenger.configure({"load_challenger": True})
+    challenger.follow(champion)
+    registry.delete_model_version_tag("shop", "2", MANIFEST_TAG)
+    for _ in range(3):
+        challenger.follow(champion)
+    assert challenger.served is None
+    assert "was not registered by genrecall" in challenger.info().refused
+    assert caplog.text.count("no challenger, refused") == 1
+    registry.delete_registered_model_alias("shop", "challenger")  # absence is no failure
+    challenger.follow(champion)
+    assert challenger.info().refused is None
+
+
+def test_one_that_is_exchanged_makes_room_before_the_other_is_loaded(pair, registry, untrained_line, monkeypatch):
+    champion, _, challenger = pair
+    register(untrained_line(seed=2), "shop", metrics={})
+    registry.set_registered_model_alias("shop", "challenger", "2")
+    challenger.configure({"load_challenger": True})
+    challenger.follow(champion)
+    before = weakref.ref(challenger.served.bundle)
+    held, load = [], hot_swap.load_bundle
+
+    def seen(path):
+        held.append(before() is not None)
+        return load(path)
+
+    monkeypatch.setattr(hot_swap, "load_bundle", seen)
+    registry.set_registered_model_alias("shop", "challenger", "3")
+    challenger.follow(champion)
+    assert challenger.served.version.number == 3
+    assert held == [False]
+
+
 def test_changes_of_the_catalogue_reach_it(pair):
     champion, follower, challenger = pair
     challenger.configure({"load_challenger": True})
@@ -96,16 +134,16 @@ def test_what_the_log_made_of_it_while_the_alias_was_looked_at_stays(pair, monke
     challenger.configure({"load_challenger": True})
     challenger.follow(champion)
     follower.log.append([], ["i00"])
-    optional = challenger._follower.optional
+    wanted = challenger._follower.wanted_challenger
 
-    def slow(served, version):
+    def slow(*versions):
         with monkeypatch.context() as patch:
             if meanwhile == "let go":
                 patch.setattr(challenger._follower, "up_to_date", lambda _: (_ for _ in ()).throw(OSError("disk full")))
             challenger.follow_log()
-        return optional(served, version)
+        return wanted(*versions)
 
-    monkeypatch.setattr(challenger._follower, "optional", slow)
+    monkeypatch.setattr(challenger._follower, "wanted_challenger", slow)
     challenger.follow(champion)
     sequence = challenger.served and challenger.served.versions.catalog_seq
     assert sequence == (None if meanwhile == "let go" else 1)

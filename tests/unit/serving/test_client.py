@@ -132,6 +132,28 @@ def test_503_and_broken_connections_are_tried_again(scripted, trouble):
     assert len(scripted.seen) == 5
 
 
+def test_nothing_is_tried_again_once_the_deadline_would_have_passed(scripted):
+    scripted.script = [(503, {"Retry-After": "1"}, {"error": "too many requests are waiting", "problems": []})]
+    client = RecallClient(scripted.url, retries=2)
+    started = time.monotonic()
+    with pytest.raises(RecallError) as caught:
+        client.recall("hose", deadline_ms=900)
+    assert (caught.value.status, len(scripted.seen)) == (503, 1)
+    with pytest.raises(RecallError):
+        client.recall_batch([RecallRequest(query="hose"), RecallRequest(query="lamp", deadline_ms=900)])
+    assert len(scripted.seen) == 2
+    assert time.monotonic() - started < 0.9
+
+
+def test_an_attempt_after_another_is_given_what_is_left_of_the_deadline(scripted):
+    scripted.script = [(503, {"Retry-After": "1"}, {}), OK]
+    client = RecallClient(scripted.url, retries=1)
+    client.recall("hose", deadline_ms=30_000)
+    first, second = (body["deadline_ms"] for _, _, _, body in scripted.seen)
+    assert first == 30_000
+    assert 20_000 < second <= 29_000
+
+
 def test_a_500_of_the_proxy_is_tried_again(scripted):
     scripted.script = [(500, {"Content-Type": "text/plain"}, b"The actor died unexpectedly"), OK]
     assert RecallClient(scripted.url, retries=1).recall("hose").beam_size == 5

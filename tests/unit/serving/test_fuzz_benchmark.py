@@ -80,6 +80,18 @@ def test_a_defect_is_seen(fuzz, defect, said, unexpected, capsys):
     assert target.unexpected == unexpected
 
 
-def test_growth_is_that_of_the_last_fifth_over_the_second(fuzz):
-    samples = [50, 60] + [100, 100] + [100] * 4 + [104, 106]
+def test_growth_is_that_of_the_last_fifth_over_the_first(fuzz):
+    samples = [100, 100] + [90] * 6 + [104, 106]
     assert fuzz.growth(samples) == pytest.approx((0.04, 0.05, 0.06))
+
+
+def test_the_bundle_behind_the_fuzzer_takes_changes_and_sees_a_delisted_item(fuzz, untrained_line, tmp_path):
+    backend = fuzz.BundleBackend(untrained_line().path, fuzz.CatalogueLog(tmp_path))
+    changes = fuzz.ItemsRequest.model_validate({"upsert": [{"item_id": "n0", "title": "garden hose", "brand": "Newcomer"}], "delist": ["i00"]})
+    assert asyncio.run(backend.change_items(changes)).catalog_seq == 2
+    asked = fuzz.RecallRequest.model_validate({"query": "hose", "limit": 1000, "filters": {"brands": ["Newcomer"]}})
+    answer = asyncio.run(backend.recall(asked))
+    assert ([item.item_id for item in answer.items], answer.versions.catalog_seq) == (["n0"], 2)
+    backend._delisted.add("n0")
+    with pytest.raises(AssertionError, match="delisted items in an answer"):
+        asyncio.run(backend.recall_batch([asked]))

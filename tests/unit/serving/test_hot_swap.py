@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import time
 import weakref
 from pathlib import Path
@@ -81,7 +83,7 @@ def test_a_challenger_that_becomes_champion_is_not_loaded_again(registry, versio
     follower = BundleFollower("models:/shop@champion", registry.tracking_uri, catalogues=tmp_path if logged else None)
     first = follower.load()
     registry.set_registered_model_alias("shop", "challenger", "2")
-    challenger = follower.of_challenger("shop").optional(None, first.version)
+    challenger = follower.of_challenger("shop").load_challenger(versions[1])
     if logged:
         CatalogueLog(tmp_path / "shop").append([ItemRecord(item_id="n0", title="hose")])
     monkeypatch.setattr(hot_swap, "load_bundle", lambda _: pytest.fail("loaded again"))
@@ -162,6 +164,44 @@ def test_a_registry_that_is_down_leaves_the_version_in_service(registry, version
         monkeypatch.setattr(hot_swap, "resolve", down)
         assert follower.newer(first) is None
         assert follower.refused is None
+
+
+def test_a_registry_that_takes_connections_and_says_nothing_holds_up_a_look_for_seconds_only(registry, versions, follower, monkeypatch, caplog):
+    first = follower.load()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        other = BundleFollower("models:/shop@champion", address)
+        started = time.monotonic()
+        assert other.newer(first) is None
+        assert 2.0 <= time.monotonic() - started < 10.0
+    assert other.refused is None
+    assert "does not answer" in caplog.text
+
+
+def test_passwords_in_the_registrys_address_are_neither_logged_nor_shown(registry, versions, follower, monkeypatch, caplog):
+    first = follower.load()
+    said = "API request to http://operator:se@cret@127.0.0.1:1/api/2.0/mlflow failed"
+
+    def down(*_):
+        raise MlflowException(said)
+
+    challengers = follower.of_challenger("shop")
+    with monkeypatch.context() as patch:
+        patch.setattr(hot_swap, "resolve", down)
+        follower.newer(first)
+        assert challengers.wanted_challenger(None, first.version) is None
+        with pytest.raises(RegistryError, match="the registry or its store failed") as caught:
+            BundleFollower("models:/shop@champion", registry.tracking_uri).load()
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__
+    monkeypatch.setattr(hot_swap, "fetch_bundle", down)
+    move(registry, 2)
+    assert follower.newer(first) is None
+    assert challengers.load_challenger(versions[1]) is None
+    shown = [caplog.text, str(caught.value), follower.refused, challengers.refused]
+    assert all("http://***@127.0.0.1:1/api" in one and "cret" not in one and "operator" not in one for one in shown)
 
 
 def test_a_deleted_alias_leaves_the_version_in_service_and_says_so(registry, versions, follower):

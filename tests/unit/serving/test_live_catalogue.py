@@ -19,9 +19,9 @@ from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError
 from genrecall.registry.catalogue_records import ItemRecord
+from genrecall.registry.drift import Drift, DriftLimits
 from genrecall.registry.versions import Version
 from genrecall.serving import live_catalogue
-from genrecall.serving.drift import Drift, DriftLimits
 from genrecall.serving.live_catalogue import LiveBundle
 from genrecall.serving.messages import Filters, RecallRequest
 from genrecall.serving.recall_service import ServedBundle, answer_batch

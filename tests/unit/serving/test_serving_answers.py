@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +66,46 @@ def test_grpc_is_asked_in_a_closed_loop_of_single_requests(loads, more):
 def test_every_request_asks_another_query_until_all_were_asked_and_batches_come_in_between(loads):
     asked = loads.Asked(loads.Plan(port=1, key="", queries=["a", "b", "c"], clients=1, batch_every=4, keep_every=2))
     requests = [asked.next_request() for _ in range(8)]
-    assert [query for _, query, _, _ in requests] == ["a", "b", "c", "a", "b", "c", "a", "b"]
-    assert [path for _, _, path, _ in requests] == ["/v1/recall", "/v1/recall", "/v1/recall", "/v1/recall/batch"] * 2
-    assert [asked.keeps(number) for number, *_ in requests] == [True, False] * 4
+    assert [one.query for one in requests] == ["a", "b", "c", "a", "b", "c", "a", "b"]
+    assert [one.path for one in requests] == ["/v1/recall", "/v1/recall", "/v1/recall", "/v1/recall/batch"] * 2
+    assert [asked.keeps(one.number) for one in requests] == [True, False] * 4
+
+
+def test_variants_take_turns_until_every_query_met_each_and_a_batch_has_none(loads):
+    variants = [{}, {"history": ["i"], "explain": True}]
+    asked = loads.Asked(loads.Plan(port=1, key="", queries=["a", "b"], limit=7, rate=1.0, variants=variants, batch_every=5))
+    requests = [asked.next_request() for _ in range(5)]
+    assert [json.loads(one.body) for one in requests[:4]] == [
+        {"query": "a", "limit": 7},
+        {"query": "b", "limit": 7, "history": ["i"], "explain": True},
+        {"query": "a", "limit": 7, "history": ["i"], "explain": True},
+        {"query": "b", "limit": 7},
+    ]
+    assert [list(one.fields) for one in requests] == [[], ["explain", "history"], ["explain", "history"], [], []]
+    with pytest.raises(ValueError, match="variants: expected neither"):
+        loads.Plan(port=1, key="", queries=["a"], rate=1.0, retries=1, variants=variants)
+
+
+@pytest.mark.parametrize(("closes", "statuses"), [("after the answer", [200, 200]), ("before the answer", [0, 0])])
+def test_a_connection_that_the_server_closed_while_idle_is_opened_anew_and_one_that_breaks_is_a_failure(loads, closes, statuses):
+    async def serve(reader, writer):
+        await reader.readuntil(b"{}")
+        if closes == "after the answer":
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            await writer.drain()
+        writer.close()
+
+    async def asked():
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            connection = loads.Connection(server.sockets[0].getsockname()[1], "key")
+            found = []
+            for _ in range(2):
+                found.append((await connection.ask("/v1/recall", b"{}"))[0])
+                await asyncio.sleep(0.2)
+            connection.close()
+        return found
+
+    assert asyncio.run(asked()) == statuses
 
 
 @pytest.fixture
