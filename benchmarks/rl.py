@@ -109,7 +109,7 @@ class Sampler:
 
     def __init__(self, model: Any, tokens: np.ndarray, config: DecoderConfig, prompt_tokens: int) -> None:
         self.model, self.prompt_tokens, self.offsets = model, prompt_tokens, torch.tensor(config.level_offsets)
-        self.children = Generate(model, tokens, config.level_offsets, prompt_tokens).children
+        self.children = Generate(model, tokens, config, prompt_tokens).children
 
     def __call__(self, ids: Tensor, group: int, **options: Any) -> Any:
         def allowed(_: int, sequence: Tensor) -> list[int]:
