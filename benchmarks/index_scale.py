@@ -51,10 +51,12 @@ from genrecall.encoders.text_encoder import load_encoder, save_towers
 from genrecall.encoders.towers import NgramTowers
 from genrecall.generator.beam_search import beam_search, best_positions
 from genrecall.generator.decoder_config import DecoderConfig
+from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder
 from genrecall.generator.packed_decoder import pack
 from genrecall.generator.prompts import Prompts
 from genrecall.generator.retriever import Retriever
+from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.local_ray import ensure_ray
 from genrecall.quantization.residual_quantizer import FrozenQuantizer, load_quantizer
 from genrecall.registry.bundle import BundleConfig
@@ -393,13 +395,14 @@ def titles(count: int, rng: np.random.Generator) -> list[str]:
 
 
 def placement_bundle(task: Task, folder: Path) -> Artifact:
-    """What `assign_items` reads of a bundle: an untrained encoder, codebooks drawn from the items, and the SIDs of a catalogue."""
+    """A bundle for `assign_items`: an untrained encoder, codebooks drawn from the items, the SIDs of a catalogue, and a small untrained decoder."""
     rng = np.random.default_rng(3)
     torch.manual_seed(0)
     stage = Stage(kind="bundle", uri=str(folder / "bundle"), config=BundleConfig(), algorithm_version=1, parents={}, seed=0, job="index_scale")
     with stage.write() as draft:
         save_towers(NgramTowers(dim=task.encoder[0], hidden=task.encoder[1], num_buckets=task.encoder[2]), draft.path / "encoder")
-        vectors = load_encoder(draft.path / "encoder").encode_items(titles(task.placed_catalogue, rng))
+        shown = titles(task.placed_catalogue, rng)
+        vectors = load_encoder(draft.path / "encoder").encode_items(shown)
         residuals, books = vectors, []
         for size in task.level_sizes:
             books.append(torch.from_numpy(residuals[rng.choice(len(residuals), min(size, len(residuals)), replace=False)]))
@@ -413,12 +416,37 @@ def placement_bundle(task: Task, folder: Path) -> Artifact:
         published = publish_sids(SidIndexConfig(), quantizer, codes, left, np.ones(len(vectors), bool))
         sid_index = draft.path / "sid_index"
         builder = SidIndexBuilder(published.table.space.alphabet_sizes)
-        builder.add(digits(0, len(vectors)), published.table.tokens[published.table.item_sid], np.zeros(len(vectors)))
+        item_ids = digits(0, len(vectors))
+        builder.add(item_ids, published.table.tokens[published.table.item_sid], np.zeros(len(vectors)))
         builder.finish(sid_index)
         (sid_index / "sid_space.json").write_text(published.table.space.to_json())
         np.save(sid_index / "centers.npy", published.centers)
-        (draft.path / "bundle.json").write_text(json.dumps({"max_items_per_sid": SidIndexConfig().max_items_per_sid}))
+        save_generator(draft.path / "generator", published.table.space)
+        empty = {"category_path": pa.array([[]] * len(shown), pa.list_(pa.string())), "brand": [""] * len(shown), "price": [0.0] * len(shown)}
+        pq.write_table(pa.table({"item_id": item_ids.astype(str), "title": shown, **empty}), draft.path / "items.parquet")
+        (draft.path / "metrics.json").write_text("{}")
+        about = {"max_items_per_sid": SidIndexConfig().max_items_per_sid, "stage": "stage2", "support": "level"}
+        (draft.path / "bundle.json").write_text(json.dumps(about))
     return stage.open()
+
+
+def save_generator(folder: Path, space: SidSpace) -> None:
+    """An untrained decoder of these SIDs, as small as may be, in `stage`, beside what makes its prompts."""
+    tokenizer = QueryTokenizer.train(["word"] * 3, 300)
+    config = DecoderConfig(
+        text_vocab_size=tokenizer.vocab_size,
+        level_sizes=space.level_sizes,
+        groups=space.groups,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=48,
+        max_positions=64,
+    )
+    (folder / "stage").mkdir(parents=True)
+    Decoder(config, seed=0).save_pretrained(folder / "stage")
+    PromptBuilder(tokenizer, config.level_offsets, soft_prompt=False).save(folder)
 
 
 def bare_loop(bundle: Path, items: Path, batch: int = 4096) -> dict[str, int]:
