@@ -3,6 +3,8 @@
     python benchmarks/eg_grpo.py [--datasets marketplace home_depot] [--seeds 0 1 2] [--rows ...] [--jobs 1] [--collect-only]
     python benchmarks/eg_grpo.py --tune [--seeds 0 1]
 
+The row `guidance` is stage 3 with its decoder's logits at 0: what the gain of stage 3 over it says is what training the decoder has brought.
+
 A cell is one (dataset, seed), a process of its own with its own home `GENRECALL_HOME/eg_grpo/DATASET/seedK/` and its own MLflow store there;
 its log lies beside that folder. It trains encoder, SIDs, generator and ranker once and then, row by row, aligns the same generator and measures
 it on the test requests, those of one search with ten beams. All hyperparameters are the recipe's but for what `DATA` and `ROWS` say. Run the command
@@ -37,7 +39,7 @@ from typing import Any
 import eg_grpo_tables
 import numpy as np
 import pyarrow.parquet as pq
-from eg_grpo_tables import ALONE, COLUMNS, OUTCOME_ROWS, START, WITHOUT, Plan
+from eg_grpo_tables import ALONE, COLUMNS, GUIDANCE, OUTCOME_ROWS, START, UNALIGNED, WITHOUT, Plan
 from grid import ROOT, run_grid, run_stages, take_over
 from measurement import commit
 from paired_records import CollectionError
@@ -50,6 +52,7 @@ from genrecall.evaluation.ab_simulation import OUTCOMES, build_pages, play
 from genrecall.evaluation.leaks import check_no_leaks
 from genrecall.evaluation.request_metrics import Tiers, item_lists, sid_columns
 from genrecall.evaluation.slices import sample_requests
+from genrecall.generator.calibration import weighted_decoder
 from genrecall.generator.retriever import load_retriever
 from genrecall.pipeline import Pipeline, quiet_libraries
 from genrecall.recipes import MAIN_VARIANT, RECIPES, Recipe
@@ -71,6 +74,7 @@ DATA: Mapping[str, tuple[str, ...]] = {
 than that of the recipe, whose small marketplace has a third of the traffic: chosen on those 12,000 (`--tune`), between 150 steps of 48 requests and 300 of 96."""
 ROWS: Mapping[str, tuple[str, ...]] = {
     START: (),
+    GUIDANCE: (),
     "stage3_continued": (
         "align.num_experts=0",
         "align.objective.policy_weight=0",
@@ -85,7 +89,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "eg_grpo_k2_ranker": ("align.num_experts=2", "align.reward.mode=ranker"),
     "eg_grpo_k2_mixed": ("align.num_experts=2", "align.reward.mode=mixed"),
 }
-"""What each row changes in the recipe's alignment; `stage3` is none. `stage3_continued` trains on as many logged SIDs a request as `eg_grpo_k2` has experts."""
+"""What each row changes in the recipe's alignment; `stage3` and `guidance` are none. `stage3_continued` trains on as many logged SIDs a request as `eg_grpo_k2` has experts."""
 _DISTINCT_16 = ("align.group_size=16", "align.distinct_samples=true")
 _HALF_READ = ("align.query_vector_drop=0.35",)
 TUNING: Mapping[str, tuple[str, ...]] = {
@@ -116,11 +120,15 @@ TUNING: Mapping[str, tuple[str, ...]] = {
             ("plain", 1e-4, 300, 96, ()),
             ("half_read", 1e-4, 300, 96, _HALF_READ),
             ("distinct16", 1e-4, 300, 96, _DISTINCT_16),
+            ("plain", 1e-4, 150, 96, ()),
+            ("exposed0.25", 1e-4, 150, 96, ("align.reward.exposed=0.25",)),
+            ("exposed0.1", 1e-4, 150, 96, ("align.reward.exposed=0.1",)),
             ("distinct16_anchor0.2", 1e-4, 300, 96, (*_DISTINCT_16, "align.objective.sft_anchor_weight=0.2", "align.objective.sft_anchors=2")),
         )
     },
 }
-"""What `--tune` changes in the recipe's alignment: the learning rate, the KL, more steps and requests, and what one may hope raises clk@10."""
+"""What `--tune` changes in the recipe's alignment: the learning rate, the KL, more steps and requests, and what one may hope raises clk@10, as a smaller
+reward of what was shown and not clicked."""
 TUNING_SEEDS = (0,)
 GRID = Plan(name="rows", rows=tuple(ROWS), split="test", alignments="aligned", measured="measured")
 TUNE = Plan(name="tuning", rows=tuple(TUNING), split="validation", alignments="tuned", measured="measured_validation")
@@ -195,7 +203,7 @@ def run_cell(cell: Cell, plan: Plan, rows: Sequence[str], where: Places) -> None
     for row in rows:
         name = f"{plan.alignments}/{row}"
         row_line = RowPipeline(apply_overrides(recipe, changes[row]), where, name)
-        if row != START:
+        if row not in UNALIGNED:
             seconds = run_stages([(name, row_line.aligned)], line.uri, home / "seconds.json")
         measure_once(row_line, row, plan, home / plan.measured, now)
     for name, one in seconds.items():
@@ -205,7 +213,7 @@ def run_cell(cell: Cell, plan: Plan, rows: Sequence[str], where: Places) -> None
 def measure_once(line: Pipeline, row: str, plan: Plan, folder: Path, now: str) -> None:
     """Measure a row unless its files say that they are of these very artifacts; `ROW.json` is written last, makes them count and has the commit `now`."""
     parts = {name: line.existing(name) for name in ("dataset", "encoder", f"{MAIN_VARIANT}/sid_index", f"{MAIN_VARIANT}/generator")}
-    aligned = None if row == START else line.existing("aligned")
+    aligned = None if row in UNALIGNED else line.existing("aligned")
     made_from = {name: artifact.hash for name, artifact in parts.items()} | {"measurement": _MEASUREMENT}
     facts = {"start": dict(made_from), "aligned": None if aligned is None else aligned.hash}
     file = folder / f"{row}.json"
@@ -215,7 +223,7 @@ def measure_once(line: Pipeline, row: str, plan: Plan, folder: Path, now: str) -
     check_no_leaks(parts["dataset"])
     requests = measured_requests(parts["dataset"], plan.split)
     started = time.monotonic()
-    columns, ranked = measure(parts, aligned, requests)
+    columns, ranked = measure(parts, aligned, requests, decoder_weight=0.0 if row == GUIDANCE else 1.0)
     more = {"commit": now, "requests": len(requests), "measure_seconds": round(time.monotonic() - started, 1), **alignment_facts(aligned)}
     np.savez_compressed(folder / f"{row}.npz", request_id=np.array(requests.request_ids), **columns)
     if plan is GRID and row in OUTCOME_ROWS and parts["dataset"].manifest["config"]["source"] == "marketplace":
@@ -233,8 +241,11 @@ def measured_requests(dataset: Artifact, split: str) -> Requests:
     return requests.take(sample.indices[sample.primary])
 
 
-def measure(parts: Mapping[str, Artifact], aligned: Artifact | None, requests: Requests) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Search R requests with stage 3, or with the alignment's stage 4: `COLUMNS` as float32 [R], and the items served, int32 [R, DEPTH]."""
+def measure(parts: Mapping[str, Artifact], aligned: Artifact | None, requests: Requests, *, decoder_weight: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Search R requests with stage 3, or with the alignment's stage 4: `COLUMNS` as float32 [R], and the items served, int32 [R, DEPTH].
+
+    `decoder_weight` is how often the decoder's logits count beside the guidance.
+    """
     generator, sid_index = parts[f"{MAIN_VARIANT}/generator"], parts[f"{MAIN_VARIANT}/sid_index"]
     trained, stage = (generator, "stage3") if aligned is None else (aligned, "stage4")
     retriever = load_retriever(
@@ -244,8 +255,9 @@ def measure(parts: Mapping[str, Artifact], aligned: Artifact | None, requests: R
         encoder=parts["encoder"].path,
         support=trained.json("training.json")["support"],
     )
-    found = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=max(BEAMS), personalised=True)
-    ranked = item_lists(retriever, found, DEPTH)
+    with weighted_decoder(retriever.model, decoder_weight):
+        found = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=max(BEAMS), personalised=True)
+        ranked = item_lists(retriever, found, DEPTH)
     columns = sid_columns(
         found.sid_rows, load_index(sid_index.path), Tiers.of(requests), ranked, beams=BEAMS, budgets=(10,), cut_items=1000, cut_beams=(max(BEAMS),)
     )

@@ -24,7 +24,8 @@ from paired_records import Columns, PairedRecords, Record, markdown_table, mean,
 from genrecall.evaluation.ab_simulation import OUTCOMES
 
 COLUMNS = ("clk@1", "clk@10", "exp@1", "exp@10", "pvr@10", "recall@10")
-START, CONTINUED, PLAIN, MAIN = "stage3", "stage3_continued", "grpo_k0", "eg_grpo_k2"
+START, GUIDANCE, CONTINUED, PLAIN, MAIN = "stage3", "guidance", "stage3_continued", "grpo_k0", "eg_grpo_k2"
+UNALIGNED = (START, GUIDANCE)
 OUTCOME_ROWS = (START, MAIN)
 WITHOUT, ALONE = "without_channel", "alone"
 BARS: Mapping[str, Mapping[str, float]] = {
@@ -47,6 +48,7 @@ TITLES = {
 DATASET_NAMES = {"marketplace": "Marketplace, busy", "home_depot": "Home Depot", "tiny": "Tiny"}
 ROW_NAMES = {
     START: "stage 3",
+    GUIDANCE: "guidance alone (no decoder)",
     CONTINUED: "stage 3 continued",
     PLAIN: "GRPO (K = 0)",
     "eg_grpo_k1": "EG-GRPO, K = 1",
@@ -165,18 +167,15 @@ def records_of(plan: Plan, seen: Measured, maker: PairedRecords) -> list[Record]
 
 
 def pairs(rows: Iterable[str]) -> list[tuple[str, str]]:
-    """(row, base) of the gains: all over stage 3, what learns from rewards over mere further training, and experts over none."""
-    found = []
-    for row in rows:
-        bases = [START] if row == CONTINUED else [START, CONTINUED] if row == PLAIN else [START, CONTINUED, PLAIN]
-        found += [(row, base) for base in bases if row != START]
-    return found
+    """(row, base) of the gains: stage 3 over its guidance, all alignments over stage 3, what learns from rewards over mere further training, and experts over none."""
+    bases = {START: [GUIDANCE], GUIDANCE: [], CONTINUED: [START], PLAIN: [START, CONTINUED]}
+    return [(row, base) for row in rows for base in bases.get(row, [START, CONTINUED, PLAIN])]
 
 
 def _cost(plan: Plan, seen: Measured, maker: PairedRecords) -> list[Record]:
     records = []
     for row in seen.columns:
-        if row == START:
+        if row in UNALIGNED:
             continue
         facts = seen.facts[row]
         values: dict[str, list[float | None]] = {

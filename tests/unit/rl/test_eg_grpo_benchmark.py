@@ -54,6 +54,7 @@ def test_rows_are_the_recipes_alignment_but_for_what_they_are_about(bench: Modul
     found = aligned_configs(bench, bench.ROWS, dataset)
     assert list(found) == [
         "stage3",
+        "guidance",
         "stage3_continued",
         "grpo_k0",
         "eg_grpo_k1",
@@ -149,8 +150,10 @@ def run(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     """Runs a pretended cell and returns what it measured; `run.asked` are the stages it went through."""
     measured: list[str] = []
 
-    def measure(parts: Any, aligned: Artifact | None, requests: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        measured.append("stage3" if aligned is None else Path(aligned.uri).name)
+    def measure(parts: Any, aligned: Artifact | None, requests: Any, *, decoder_weight: float) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        assert decoder_weight in (0.0, 1.0)
+        unaligned = "stage3" if decoder_weight else "guidance"
+        measured.append(unaligned if aligned is None else Path(aligned.uri).name)
         return {name: np.array([1.0, NAN], dtype=np.float32) for name in COLUMNS}, np.zeros((2, 1), dtype=np.int32)
 
     monkeypatch.setattr(bench, "Pipeline", PretendPipeline)
@@ -180,6 +183,11 @@ def test_cell_aligns_and_measures_row_after_row_and_skips_what_is_there(bench: M
         assert file["request_id"].tolist() == ["a", "b"]
     assert run() == ["eg_grpo_k2"]
     assert run() == []
+
+
+def test_guidance_is_stage_3_without_its_decoder_and_no_alignment(run: Any) -> None:
+    assert run(["stage3", "guidance", "grpo_k0"]) == ["stage3", "guidance", "grpo_k0"]
+    assert [name for name in PretendPipeline.asked if name.startswith("aligned")] == ["aligned/grpo_k0"]
 
 
 def test_row_is_measured_again_where_its_artifacts_changed_or_its_file_was_left_unfinished(bench: ModuleType, run: Any, tmp_path: Path) -> None:
@@ -261,9 +269,10 @@ def values_of(records: Sequence[Mapping[str, Any]], table: str) -> dict[tuple[st
 
 
 def test_means_and_gains_are_paired_over_requests_and_seeds(bench: ModuleType, tmp_path: Path) -> None:
-    # Requests with a target: two at seed 0, three at seed 1. Stage 3 finds 2 of 5, further training 4 of 5, plain GRPO 1 of 5, two experts 3 of 5.
+    # Requests with a target: two at seed 0, three at seed 1. Stage 3 finds 2 of 5, its guidance 1 of 5, further training 4 of 5, plain GRPO 1 of 5, two experts 3 of 5.
     found = {
         "stage3": ([1, 0, NAN], [0, 0, 1]),
+        "guidance": ([0, 0, NAN], [0, 0, 1]),
         "stage3_continued": ([1, 1, NAN], [0, 1, 1]),
         "grpo_k0": ([1, 0, NAN], [0, 0, 0]),
         "eg_grpo_k2": ([1, 1, NAN], [0, 0, 1]),
@@ -271,14 +280,16 @@ def test_means_and_gains_are_paired_over_requests_and_seeds(bench: ModuleType, t
     homes = {f"marketplace {seed}": tmp_path / str(seed) for seed in (0, 1)}
     for row, by_seed in found.items():
         for home, clicks in zip(homes.values(), by_seed, strict=True):
-            write_row(home, row, clicks, **({} if row == "stage3" else ALIGNED))
+            write_row(home, row, clicks, **({} if row in ("stage3", "guidance") else ALIGNED))
     records = records_of(bench, homes)
+    assert not [record for record in records if (record["table"], record["row"]) == ("cost", "guidance")]
     assert all(set(record) == KEYS and record["seeds"] == 2 for record in records)
     values = values_of(records, "alignment")
     assert values["all", "requests"] == 3
-    assert {row: values[row, "clk@10"] for row in found} == {"stage3": 0.4, "stage3_continued": 0.8, "grpo_k0": 0.2, "eg_grpo_k2": 0.6}
+    assert {row: values[row, "clk@10"] for row in found} == {"stage3": 0.4, "guidance": 0.2, "stage3_continued": 0.8, "grpo_k0": 0.2, "eg_grpo_k2": 0.6}
     gains = {key: value for key, value in values.items() if key[1].startswith("pvr@10_gain")}
     assert gains == {
+        ("stage3", "pvr@10_gain_vs_guidance"): 1.0,
         ("stage3_continued", "pvr@10_gain_vs_stage3"): 1.0,
         ("grpo_k0", "pvr@10_gain_vs_stage3"): -0.5,
         ("grpo_k0", "pvr@10_gain_vs_stage3_continued"): -0.75,
@@ -386,7 +397,7 @@ def test_collecting_takes_the_rows_that_every_seed_has_and_keeps_other_tables(
     output.mkdir()
     (output / "eg_grpo.json").write_text(json.dumps([*kept, gone]))
     bench.collect(bench.GRID, ["marketplace"], [0, 1], home, output)
-    assert "left out: marketplace, not measured: marketplace 0: stage3_continued" in capsys.readouterr().err
+    assert "left out: marketplace, not measured: marketplace 0: guidance, marketplace 0: stage3_continued" in capsys.readouterr().err
     records = json.loads((output / "eg_grpo.json").read_text())
     assert [record for record in records if record.get("dataset") != "marketplace"] == kept
     assert {record["row"] for record in records if record.get("dataset") == "marketplace"} == {"all", "stage3", "grpo_k0"}
@@ -442,7 +453,7 @@ def test_bar_asks_more_clicks_of_the_marketplace_and_no_loss_of_home_depot(
 
 def test_unknown_row_and_tuning_on_home_depot_are_refused(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, said in (
-        (["--rows", "grpo"], "--rows: expected some of stage3, stage3_continued"),
+        (["--rows", "grpo"], "--rows: expected some of stage3, guidance, stage3_continued"),
         (["--tune", "--datasets", "home_depot"], "--tune: hyperparameters are chosen on the marketplace alone"),
         (["--cell", "marketplace", "first"], "--cell: expected one of marketplace, home_depot, tiny and a seed, got marketplace first"),
     ):
