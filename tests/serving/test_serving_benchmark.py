@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,10 @@ from mlflow.tracking import MlflowClient
 
 from genrecall.config import Places
 from genrecall.registry.promotion import register
+from genrecall.registry.versions import Version, open_registry
+from genrecall.serving.hot_swap import REGISTRY_AWAY, BundleFollower
+from genrecall.serving.messages import RecallRequest
+from genrecall.serving.recall_service import answer_batch
 from genrecall.tracking import use_tracking
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -104,15 +109,17 @@ def test_a_model_with_one_version_is_soaked_by_swaps_to_the_same_bundle(of_one_v
 
 
 def test_versions_that_answer_alike_are_not_compared(benchmark):
-    known = benchmark.KnownVersion(model="m/1", bundle="b", sids=frozenset("ab"), sid_of={}, reference={"x": frozenset("ab"), "y": frozenset("b")})
+    known = sys.modules["serving_answers"].KnownVersion(
+        model="m/1", bundle="b", sids=frozenset("ab"), sid_of={}, reference={"x": frozenset("ab"), "y": frozenset("b")}
+    )
     with pytest.raises(SystemExit, match=r"answer 2 of 2 queries alike"):
-        benchmark._require_distinct(known, known, ["x", "y"])
+        sys.modules["serving_changes"].require_distinct(known, known, ["x", "y"])
 
 
 def test_a_registry_that_cannot_be_copied_and_swaps_without_a_second_version_are_refused(benchmark, registry, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="sqlite"):
         benchmark.copy_registry("http://127.0.0.1:1", tmp_path)
-    lonely = benchmark.Version(name="nobody", number=1, manifest_sha256="0" * 64)
+    lonely = Version(name="nobody", number=1, manifest_sha256="0" * 64)
     assert benchmark.another_version(registry.tracking_uri, lonely) is None
     monkeypatch.setattr(benchmark, "another_version", lambda *_: None)
     arguments = ["--quick", "--paths", "default", "--model", "shop", "--tracking-uri", registry.tracking_uri, "--tables", "upsert", "swap"]
@@ -122,26 +129,26 @@ def test_a_registry_that_cannot_be_copied_and_swaps_without_a_second_version_are
 
 def test_the_mixed_load_asks_for_what_the_catalogue_holds(benchmark, registry):
     served = benchmark.fetched(registry.tracking_uri, "shop", 1)
-    variants = benchmark.variants_of(served)
+    variants = sys.modules["serving_soak"].variants_of(served)
     assert {name for one in variants for name in one} == {"filters", "history", "shopper", "explain", "deadline_ms", "beam_size", "limit"}
     assert sum(not one for one in variants) == len(variants) / 2
     for one in variants:
-        request = benchmark.RecallRequest.model_validate({"query": "angle bracket", **one})
-        (answer,) = benchmark.answer_batch(served, [request], (20, 10, 5))
+        request = RecallRequest.model_validate({"query": "angle bracket", **one})
+        (answer,) = answer_batch(served, [request], (20, 10, 5))
         assert answer.items
         assert not answer.degraded_by
 
 
 def test_a_registry_behind_a_server_goes_away_and_comes_back(benchmark, registry, tmp_path, caplog):
     """What `failures` does to the registry of the replicas, without them."""
-    with benchmark.RegistryServer(benchmark.copy_registry(registry.tracking_uri, tmp_path), tmp_path / "server") as server:
-        follower = benchmark.BundleFollower("models:/shop@champion", server.uri)
+    with sys.modules["serving_server"].RegistryServer(benchmark.copy_registry(registry.tracking_uri, tmp_path), tmp_path / "server") as server:
+        follower = BundleFollower("models:/shop@champion", server.uri)
         served = follower.load()
-        client = benchmark.open_registry(server.uri)
+        client = open_registry(server.uri)
         client.set_registered_model_alias("shop", "champion", "2")
         server.stop()
         assert follower.newer(served) is None
-        assert benchmark.REGISTRY_AWAY in caplog.text
+        assert REGISTRY_AWAY in caplog.text
         assert follower.refused is None
         server.start()
         assert follower.newer(served).version.number == 2

@@ -9,6 +9,7 @@ of any other kind is refused.
     sid_index/             SID table, trie, SID -> items index, item ids
     encoder/, quantizer/   to embed queries and to place new items
     items.parquet          item_id, title, category_path, brand, price, sorted by item_id: position = item row
+    sid_labels.parquet     label of every SID, in the SID table's order (bundles of version 1 have none)
     metrics.json           the evaluation the gates judged
     warm_up.json           requests with the scores they must get: the last check before a server goes live
 """
@@ -37,12 +38,13 @@ from genrecall.sid.labels import SidLabels
 from genrecall.sid.segments import SegmentedIndex
 from genrecall.storage import Artifact, Stage, open_artifact
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 
 WARM_UP_TOLERANCE = 1e-3
 """Largest difference of a SID's log-probability between the machine that built the bundle and the one that loads it."""
 
 _ALLOWED_SUFFIXES = frozenset({".json", ".safetensors", ".npy", ".parquet", ".txt"})
+_LABELS = "sid_labels.parquet"
 _LEFT_OUT = frozenset({"manifest.json", "item_embeddings.npy", "codes.npy", "residuals.npy", "latents.npy", "training.json"})
 
 
@@ -198,6 +200,8 @@ def build_bundle(
         }
         (draft.path / "bundle.json").write_text(json.dumps(about, indent=2, sort_keys=True))
         retriever = _retriever(draft.path, about)
+        labels = _labels(pq.read_table(draft.path / "items.parquet"), retriever).make_all()
+        pq.write_table(pa.table({"label": labels}), draft.path / _LABELS)
         queries = [query for query in dict.fromkeys(load_requests(dataset, "validation", catalog).queries) if query][: config.warm_up_requests]
         (draft.path / "warm_up.json").write_text(json.dumps(_warm_up(retriever, queries or [catalog.titles[0]], config.warm_up_beam_size), indent=1))
         draft.row_counts |= {"items": len(catalog), "sids": len(retriever.table)}
@@ -265,6 +269,7 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         items = pq.read_table(artifact.file("items.parquet")).combine_chunks()
         item_ids = ItemIds.load(artifact.path / "sid_index")
         metrics = artifact.json("metrics.json")
+        of_sids = pq.read_table(artifact.file(_LABELS)).column("label") if _LABELS in artifact.manifest["files"] else None
     except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"{path}: cannot be loaded: {type(error).__name__}: {error}; rebuild it with jobs/register_model.py --force") from error
     if len(items) != len(retriever.table.item_sid):
@@ -273,9 +278,11 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         )
     if not item_ids.same_as(items.column("item_id")):
         raise BundleError(f"{path}: items.parquet and sid_index/item_ids.npy name other items; rebuild it with jobs/register_model.py --force")
-    published = retriever.index.base if isinstance(retriever.index, SegmentedIndex) else retriever.index
-    labels = SidLabels(items.column("title"), items.column("category_path"), published, retriever.table)
-    bundle = Bundle(artifact, retriever, items, item_ids, about, metrics, labels)
+    if of_sids is not None and len(of_sids) != len(retriever.table):
+        raise BundleError(
+            f"{path}: {_LABELS} has {len(of_sids)} labels, the SID table {len(retriever.table)} SIDs; rebuild it with jobs/register_model.py --force"
+        )
+    bundle = Bundle(artifact, retriever, items, item_ids, about, metrics, _labels(items, retriever, of_sids))
     if verify:
         verify_warm_up(bundle)
     return bundle
@@ -305,6 +312,11 @@ def _differs(expected: Mapping[str, Any], answer: Mapping[str, Any]) -> bool:
     stored, found = dict(zip(expected["sids"], expected["scores"], strict=True)), dict(zip(answer["sids"], answer["scores"], strict=True))
     last = min(expected["scores"], default=0.0)
     return any(abs(stored.get(sid, last) - found.get(sid, last)) > 2 * WARM_UP_TOLERANCE for sid in stored.keys() | found.keys())
+
+
+def _labels(items: pa.Table, retriever: Retriever, of_sids: pa.ChunkedArray | None = None) -> SidLabels:
+    published = retriever.index.base if isinstance(retriever.index, SegmentedIndex) else retriever.index
+    return SidLabels(items.column("title"), items.column("category_path"), published, retriever.table, of_sids=of_sids)
 
 
 def _retriever(folder: Path, about: Mapping[str, Any]) -> Retriever:

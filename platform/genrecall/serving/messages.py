@@ -144,7 +144,9 @@ class RecalledSid(Message):
     sid: str
     score: float
     size: int = Field(description="items in the cluster")
-    label: str | None = Field(default=None, description="what the cluster holds, in words; only where the request asks to explain")
+    label: str | None = Field(
+        default=None, description="what the cluster holds, in words; of bundles that were built without labels only where the request asks to explain"
+    )
     path: list[Prefix] | None = Field(default=None, description="its prefixes from the root, itself last; only where the request asks to explain")
 
 

@@ -181,8 +181,10 @@ def _answer_equal(served: ServedBundle, requests: list[RecallRequest], beam_size
             for rank, (item, sid, score) in enumerate(zip(bundle.shown(result.item_rows), result.sid_rows.tolist(), result.scores.tolist(), strict=True))
         ]
         sids = [
-            _sid(bundle, row, text_of[row], score, size, explain=request.explain)
-            for row, score, size in zip(rows.tolist(), row_scores.tolist(), retriever.index.sizes(rows).tolist(), strict=True)
+            _sid(bundle, row, text_of[row], score, size, label, explain=request.explain)
+            for row, score, size, label in zip(
+                rows.tolist(), row_scores.tolist(), retriever.index.sizes(rows).tolist(), bundle.labels.made_before(rows), strict=True
+            )
         ]
         answers.append(
             RecallResponse(items=items, sids=sids, beam_size=beam_size, versions=served.versions, timings=timings, degraded=bool(why), degraded_by=why)
@@ -195,9 +197,9 @@ def _explained(sid: str, sid_score: float, score: float) -> ItemExplanation:
     return ItemExplanation(sid_score=sid_score, share=score - sid_score, path=[f"<{','.join(codes[: level + 1])}>" for level in range(len(codes))])
 
 
-def _sid(bundle: Bundle, row: int, text: str, score: float, size: int, *, explain: bool) -> RecalledSid:
+def _sid(bundle: Bundle, row: int, text: str, score: float, size: int, label: str | None, *, explain: bool) -> RecalledSid:
     if not explain:
-        return RecalledSid(sid=text, score=score, size=size)
+        return RecalledSid(sid=text, score=score, size=size, label=label)
     path = [Prefix(prefix=step.prefix, label=step.label, size=step.size) for step in bundle.labels.path(row)]
     return RecalledSid(sid=text, score=score, size=size, label=path[-1].label, path=path)
 

@@ -2,13 +2,14 @@
 
 Ours. A word's weight is p log(p / q), with p and q the shares (add-half) of the prefix's and of the catalogue's titles that hold it: its part of the
 divergence between the two. Both shares are of evenly spaced samples, so a label costs the same whatever the catalogue's size. Labels describe the
-published items; they are made when first asked for and the last ones are kept.
+published items. Those of whole SIDs are made once, with the bundle; those of shorter prefixes when first asked for, and the last ones are kept.
 
 Shapes: S SIDs, P places of the index.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import threading
@@ -48,12 +49,23 @@ class SidLabels:
         titles: Arrow strings [N] by item row, nulls allowed.
         category_paths: Arrow lists of strings [N] by item row, nulls and empty ones allowed.
         index, table: of the published items.
+        of_sids: labels made before, Arrow strings [S]; None: they are made when asked for, as a prefix's.
         capacity: labels kept at most.
     """
 
-    def __init__(self, titles: pa.ChunkedArray, category_paths: pa.ChunkedArray, index: SidIndex, table: SidTable, *, capacity: int = 20_000) -> None:
+    def __init__(
+        self,
+        titles: pa.ChunkedArray,
+        category_paths: pa.ChunkedArray,
+        index: SidIndex,
+        table: SidTable,
+        *,
+        of_sids: pa.ChunkedArray | None = None,
+        capacity: int = 20_000,
+    ) -> None:
         self._titles, self._category_paths = titles, category_paths
         self._index, self._table = index, table
+        self._of_sids = of_sids
         self._capacity = capacity
         self._kept: OrderedDict[tuple[int, int], PrefixLabel] = OrderedDict()
         self._lock = threading.Lock()
@@ -61,6 +73,15 @@ class SidLabels:
     def __len__(self) -> int:
         """Labels kept."""
         return len(self._kept)
+
+    def made_before(self, sid_rows: np.ndarray) -> list[str] | list[None]:
+        """The labels of int [n] SID rows, at the price of a look-up; n times None where none were made before."""
+        return [None] * len(sid_rows) if self._of_sids is None else self._of_sids.take(pa.array(sid_rows, pa.int64())).to_pylist()
+
+    def make_all(self) -> pa.Array:
+        """The labels of all SIDs, Arrow strings [S]."""
+        bounds = self._index.offsets.tolist()
+        return pa.array([self._describe_span(begin, end) for begin, end in itertools.pairwise(bounds)], pa.string())
 
     def path(self, sid_row: int) -> list[PrefixLabel]:
         """The prefixes of a SID row, from the root; the last one is the SID itself."""
@@ -84,12 +105,17 @@ class SidLabels:
         text = self._table.text(sid_row)
         prefix = text if level == 2 else ",".join(text.split(",")[: level + 1]) + ">"
         begin, stop = int(self._index.offsets[first]), int(self._index.offsets[end])
-        made = PrefixLabel(prefix, self._describe(self._index.item_rows[_spaced(begin, stop, _PREFIX_SAMPLE)]), stop - begin)
+        known = self.made_before(np.array([sid_row]))[0] if level == 2 else None
+        made = PrefixLabel(prefix, self._describe_span(begin, stop) if known is None else known, stop - begin)
         with self._lock:
             self._kept[key] = made
             while len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         return made
+
+    def _describe_span(self, begin: int, end: int) -> str:
+        """The label of what lies at places begin to end - 1 of the index."""
+        return self._describe(self._index.item_rows[_spaced(begin, end, _PREFIX_SAMPLE)])
 
     def _describe(self, item_rows: np.ndarray) -> str:
         """What the items have in common: "Brackets: angle, galvanized"."""

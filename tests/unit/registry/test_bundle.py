@@ -7,6 +7,8 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from genrecall.config import ConfigError, apply_overrides
@@ -50,6 +52,27 @@ def test_item_ids_become_rows_and_unknown_ones_are_left_out(untrained_line):
 def test_building_again_is_skipped(untrained_line):
     first = untrained_line()
     assert untrained_line().manifest["created"] == first.manifest["created"]
+
+
+def test_labels_of_sids_come_with_the_bundle_and_older_ones_make_them_when_asked(copied):
+    bundle = load_bundle(copied, verify=False)
+    rows = np.arange(len(bundle.retriever.table))
+    stored = bundle.labels.made_before(rows)
+    assert any(stored)
+    (copied / "sid_labels.parquet").unlink()
+    manifest = json.loads((copied / "manifest.json").read_text())
+    del manifest["files"]["sid_labels.parquet"]
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    older = load_bundle(copied, verify=False)
+    assert older.labels.made_before(rows) == [None] * len(rows)
+    assert [older.labels.path(row)[2].label for row in rows] == stored
+
+
+def test_labels_of_other_sids_are_refused(copied):
+    pq.write_table(pa.table({"label": ["Hoses"]}), copied / "sid_labels.parquet")
+    list_in_manifest(copied, "sid_labels.parquet")
+    with pytest.raises(BundleError, match=r"sid_labels.parquet has 1 labels, the SID table \d+ SIDs; rebuild it with"):
+        load_bundle(copied)
 
 
 def test_parts_of_another_line_are_refused(untrained_line, tmp_path):

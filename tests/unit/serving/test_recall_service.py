@@ -99,7 +99,8 @@ def test_an_explained_item_is_its_sids_probability_times_its_share(served):
     plain, explained = answer_batch(served, [request(beam_size=200, limit=1000), request(beam_size=200, limit=1000, explain=True)], (5, 5, 5))
     assert [item.item_id for item in plain.items] == [item.item_id for item in explained.items]
     assert all(item.explanation is None for item in plain.items)
-    assert all(sid.label is sid.path is None for sid in plain.sids)
+    assert all(sid.path is None for sid in plain.sids)
+    assert [sid.label for sid in plain.sids] == [sid.label for sid in explained.sids]
     sid_scores = {sid.sid: sid.score for sid in explained.sids}
     shares = dict.fromkeys(sid_scores, 0.0)
     for item in explained.items:

@@ -41,6 +41,17 @@ def test_a_path_names_every_prefix_with_its_size():
     assert steps[2].label.startswith("Hoses: garden, ")
 
 
+def test_labels_of_sids_are_made_once_and_looked_up_from_then_on():
+    labels, table = labels_of()
+    made = labels.make_all()
+    assert labels.made_before(np.arange(len(table))) == [None] * len(table)
+    assert made.to_pylist() == [labels.path(row)[2].label for row in range(len(table))]
+    stored, _ = labels_of(titles=[None] * len(TITLES), of_sids=pa.chunked_array([made]))
+    assert stored.made_before(np.array([1, 0])) == [made[1].as_py(), made[0].as_py()]
+    assert stored.path(0)[2].label == made[0].as_py()
+    assert stored.path(0)[1].label != labels.path(0)[1].label  # shorter prefixes are still made from titles, of which there are none here
+
+
 def test_words_are_ordered_by_their_part_of_the_divergence():
     def weight(count, total, catalogue):
         share = (count + 0.5) / (total + 1)
