@@ -1,0 +1,222 @@
+"""The baseline's own tuning: RQ-VAE under other settings than the recipe's, on validation requests, beside CQ-SID under the recipe's.
+
+    python benchmarks/quantizer_tuning.py [--datasets marketplace amazon_scientific] [--seeds 0] [--settings ...] [--collect-only]
+
+CQ-SID's gamma was chosen on validation requests; here RQ-VAE gets as many tries with what it has itself: learning rate, steps, commitment, width of the
+latents. Everything else is the experiment `sids` of quality.py: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
+alone is searched with. Settings are compared by clk@N and hit@items of validation requests, paired; the test requests are not read.
+
+All runs of a data set and seed share the home `GENRECALL_HOME/quality/DATASET/seedK/tuning/`, and dataset and encoder of the experiment `sids` where
+they are there. Run the command again after an interrupt: finished stages and measurements are not redone. Results go to
+`benchmarks/results/quantizer_tuning.json`, and as tables to standard output.
+"""
+
+from __future__ import annotations
+
+import genrecall.ray_environment  # noqa: F401 - before Ray
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from grid import ROOT, copy_artifact, run_stages
+from measurement import commit, commits
+from paired_records import CollectionError, PairedRecords, Record, markdown_table, merged, origin, require_equal, to_json
+from quality import TASKS, Cell
+
+from genrecall.config import ConfigError, Places, apply_overrides, places
+from genrecall.data.catalog import load_catalog
+from genrecall.data.interactions import load_requests
+from genrecall.evaluation.request_metrics import Tiers, item_lists, sid_columns
+from genrecall.evaluation.slices import sample_requests
+from genrecall.generator.retriever import load_retriever
+from genrecall.pipeline import Pipeline, quiet_libraries
+from genrecall.recipes import RECIPES
+from genrecall.sid.index import load_index
+from genrecall.tracking import use_tracking
+
+
+class Setting(NamedTuple):
+    """A variant of the SIDs and what it changes in the recipe's quantiser."""
+
+    variant: str
+    changes: tuple[str, ...] = ()
+
+
+BASE, OURS = "rqvae", "cqsid"
+SETTINGS: Mapping[str, Setting] = {
+    BASE: Setting("rqvae"),
+    "rqvae_rate0.0003": Setting("rqvae", ("quantizer.learning_rate=3e-4",)),
+    "rqvae_rate0.003": Setting("rqvae", ("quantizer.learning_rate=3e-3",)),
+    "rqvae_steps1800": Setting("rqvae", ("quantizer.steps=1800",)),
+    "rqvae_beta0.25": Setting("rqvae", ("quantizer.beta=0.25",)),
+    "rqvae_latent32": Setting("rqvae", ("quantizer.latent_dim=32",)),
+    "rqvae_latent128": Setting("rqvae", ("quantizer.latent_dim=128",)),
+    OURS: Setting("cqsid"),
+}
+SHORTER = ("generator.stage3.steps=1", "generator.validation_requests=0")
+"""Stage 3 reads the shopper, which is not compared here."""
+REQUESTS = 3_000
+BEAMS, BUDGETS = (1, 10, 100), (10, 100)
+COLUMNS = (*(f"clk@{beam}" for beam in BEAMS), *(f"hit@items{budget}" for budget in BUDGETS))
+TABLE = "quantizer_tuning"
+
+
+class SettingPipeline(Pipeline):
+    """A line whose quantiser, SIDs and generator lie in a folder of the setting's own."""
+
+    setting = ""
+
+    def uri(self, name: str) -> str:
+        variant, slash, part = name.partition("/")
+        return super().uri(f"{self.setting}/{part}" if slash else variant)
+
+
+def home_of(root: Path, dataset: str, seed: int) -> Path:
+    """Where the runs of a data set and seed lie."""
+    return root / "quality" / dataset / f"seed{seed}" / "tuning"
+
+
+def pipeline_of(dataset: str, seed: int, name: str, where: Places) -> SettingPipeline:
+    """The line of a setting."""
+    setting = SETTINGS[name]
+    overrides = [*Cell(dataset, seed, "sids").overrides(), f"variants={json.dumps(sorted({'cqsid', setting.variant}))}", *SHORTER, *setting.changes]
+    line = SettingPipeline(apply_overrides(RECIPES[dataset](), overrides), where)
+    line.setting = name
+    return line
+
+
+def run(dataset: str, seed: int, names: Sequence[str], where: Places) -> None:
+    """Train and measure settings one after the other."""
+    root, now, home = Path(where.home), commit(), home_of(Path(where.home), dataset, seed)
+    home.mkdir(parents=True, exist_ok=True)
+    for part in ("dataset", "encoder"):
+        copy_artifact(Cell(dataset, seed, "sids").artifact(root, part), home / dataset / part)
+    where = replace(where, home=str(home), tracking_uri=f"sqlite:///{home}/mlflow.db")
+    use_tracking(where)
+    for name in names:
+        line, variant = pipeline_of(dataset, seed, name, where), SETTINGS[name].variant
+        stages = [("dataset", line.dataset), ("encoder", line.encoder)]
+        stages += [(f"{name}/{part}", functools.partial(getattr(line, part), variant)) for part in ("quantizer", "sid_index", "generator")]
+        run_stages(stages, line.uri, home / "seconds.json")
+        measure_once(line, variant, home / "measured" / f"{name}.npz", now)
+
+
+def measure_once(line: Pipeline, variant: str, file: Path, now: str) -> None:
+    """Measure a setting unless its file says that it is of these very artifacts; the `.json` beside it is written last."""
+    dataset, encoder = line.existing("dataset"), line.existing("encoder")
+    sid_index, generator = line.existing(f"{variant}/sid_index"), line.existing(f"{variant}/generator")
+    facts, said = {"dataset": dataset.hash, "generator": generator.hash}, file.with_suffix(".json")
+    if said.exists() and {name: json.loads(said.read_text()).get(name) for name in facts} == facts:
+        return
+    catalog = load_catalog(dataset)
+    train, validation = (load_requests(dataset, split, catalog) for split in ("train", "validation"))
+    sample = sample_requests(validation, train, catalog, query_kind=dataset.json("stats.json")["query_kind"], max_requests=REQUESTS, seed=0)
+    requests = validation.take(sample.indices[sample.primary])
+    support = generator.json("training.json")["support"]
+    retriever = load_retriever(generator_folder=generator.path, stage="stage2", sid_index=sid_index.path, encoder=encoder.path, support=support)
+    found = retriever.generate(requests.queries, requests.genders, requests.age_bands, requests.history, beam_size=max(BEAMS), personalised=False)
+    index, ranked = load_index(sid_index.path), item_lists(retriever, found, max(BUDGETS))
+    columns = sid_columns(found.sid_rows, index, Tiers.of(requests), ranked, beams=BEAMS, budgets=BUDGETS, cut_items=1000, cut_beams=(max(BEAMS),))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    chosen = {name: columns[name].astype(np.float32) for name in COLUMNS}
+    np.savez_compressed(file, allow_pickle=False, request_id=np.array(requests.request_ids), **chosen)
+    said.write_text(json.dumps(facts | {"commit": now, "items_per_sid": len(catalog) / len(index)}) + "\n")
+    print(f"measured {file.stem} on {len(requests):,} validation requests", flush=True)
+
+
+def collect(dataset: str, seeds: Sequence[int], root: Path) -> list[Record]:
+    """The records of the settings that every seed has measured; none where RQ-VAE's own is missing.
+
+    Raises:
+        CollectionError: seeds or settings that were measured on different requests.
+    """
+    homes = [home_of(root, dataset, seed) / "measured" for seed in seeds]
+    names = [name for name in SETTINGS if all((home / f"{name}.json").exists() for home in homes)]
+    if BASE not in names:
+        return []
+    arrays = {name: [_load(home / f"{name}.npz") for home in homes] for name in names}
+    facts = {name: [json.loads((home / f"{name}.json").read_text()) for home in homes] for name in names}
+    ids = {f"{home / name}": tuple(one["request_id"].tolist()) for name in names for home, one in zip(homes, arrays[name], strict=True)}
+    require_equal(ids, "measured other requests than", lambda name: f"delete {name}.json and run the command again")
+    columns = {name: {metric: np.stack([one[metric] for one in arrays[name]]).astype(np.float64) for metric in COLUMNS} for name in names}
+    tail = "" if tuple(seeds) == (0,) else f" --seeds {' '.join(map(str, seeds))}"
+    made_at = commits(fact["commit"] for name in names for fact in facts[name])
+    maker = PairedRecords(dataset, len(homes), f"python benchmarks/quantizer_tuning.py --datasets {dataset}{tail}", made_at)
+    records = maker.means(TABLE, columns, [(name, metric) for name in names for metric in COLUMNS])
+    records += maker.gains(
+        TABLE, columns, [(name, BASE) for name in names if name != BASE] + [(OURS, name) for name in names if name not in (BASE, OURS)], COLUMNS
+    )
+    records += [maker.record(TABLE, name, "items_per_sid", float(np.mean([fact["items_per_sid"] for fact in facts[name]]))) for name in names]
+    return [*records, maker.record(TABLE, "all", "requests", len(next(iter(ids.values()))))]
+
+
+def _load(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Values, gains over RQ-VAE's own setting, and CQ-SID's gains over each."""
+    found = {(record["row"], record["metric"]): record for record in records}
+    rows = [name for name in SETTINGS if (name, COLUMNS[0]) in found]
+    counted = found["all", "requests"]
+    values = [[name, f"{found[name, 'items_per_sid']['value']:.2f}", *(_shown(found[name, metric], "{:.3f}") for metric in COLUMNS)] for name in rows]
+    blocks = [origin(counted, counted), markdown_table(["", "items/SID", *COLUMNS], values)]
+    over_base = [[f"{name} over {BASE}", *(_shown(found[name, f"{metric}_gain_vs_{BASE}"], "{:+.1%}") for metric in COLUMNS)] for name in rows if name != BASE]
+    ours = [
+        [f"{OURS} over {name}", *(_shown(found[OURS, f"{metric}_gain_vs_{name}"], "{:+.1%}") for metric in COLUMNS)]
+        for name in rows
+        if OURS in rows and name not in (OURS, BASE)
+    ]
+    return "\n\n".join([*blocks, markdown_table(["", *COLUMNS], over_base + ours)]) + "\n"
+
+
+def _shown(record: Record, form: str) -> str:
+    value, low, high = (record[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "n/a"
+    return form.format(value) + ("" if low is None else f" ({form.format(low)} to {form.format(high)})")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", default=["marketplace"], choices=tuple(TASKS["sids"]))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=tuple(SETTINGS))
+    parser.add_argument("--collect-only", action="store_true", help="make the tables from the measurements that are there")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quantizer_tuning.json")
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    try:
+        where = places()
+        if "://" in where.home:
+            raise ConfigError([f"GENRECALL_HOME: artifacts are copied and need a local folder, got {where.home!r}"])
+        for dataset in options.datasets if not options.collect_only else ():
+            for seed in options.seeds:
+                run(dataset, seed, options.settings, where)
+        records = {dataset: collect(dataset, options.seeds, Path(where.home)) for dataset in options.datasets}
+    except (ConfigError, CollectionError) as error:
+        parser.exit(2, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; run the same command again to go on\n")
+    fresh = {dataset: found for dataset, found in records.items() if found}
+    if not fresh:
+        raise SystemExit(f"nothing to collect under {where.home}/quality; run without --collect-only first")
+    old = json.loads(options.output.read_text()) if options.output.exists() else []
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(to_json(merged([record for found in fresh.values() for record in found], old, [(dataset, TABLE) for dataset in fresh])))
+    for dataset, found in fresh.items():
+        print(f"## {dataset}\n\n{markdown(found)}")
+
+
+if __name__ == "__main__":
+    main()
