@@ -7,7 +7,6 @@ dropped and counted, so that a shadow never holds up the champion.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from genrecall.registry.versions import redacted
 from genrecall.serving.hot_swap import BundleFollower
 from genrecall.serving.messages import ChallengerInfo, RecallRequest, RecallResponse
 from genrecall.serving.recall_service import ServedBundle, answer_batch
+from genrecall.serving.thread_priority import LOADING, SHADOWS, give_way
 from genrecall.serving.traffic_split import TrafficShares, is_chosen
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
@@ -30,7 +30,6 @@ MAX_SHADOWS = 8
 """Shadow answers that wait or run at a time; more are dropped."""
 
 OVERLAP_AT = 10
-_LOWEST_PRIORITY = 19
 _MILLISECONDS = [1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0]
 
 
@@ -153,8 +152,7 @@ class Challenger:
 
     def _start_shadow_thread(self) -> None:
         torch.set_num_threads(self._torch_threads)
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)  # Linux: of this thread alone
+        give_way(SHADOWS)
 
     def info(self) -> ChallengerInfo | None:
         """What `GET /v1/model` says; None where no challenger is asked for."""
@@ -177,7 +175,9 @@ def overlap(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 
 def follow_forever(challenger: Challenger, champion: Callable[[], ServedBundle], follow_s: float) -> None:
-    """Follow the alias from the replica's start to its end, in a thread of its own: every `follow_s` seconds (0: never) and whenever the shares change."""
+    """Follow the alias from the replica's start to its end, in a thread of its own, which gives way to answers: every `follow_s` seconds (0: never) and whenever the
+    shares change."""
+    give_way(LOADING)
     while True:
         challenger.changed.wait(follow_s or None)
         challenger.changed.clear()

@@ -34,6 +34,7 @@ from genrecall.serving.open_ports import grpc_listens, http_binding, refuse_open
 from genrecall.serving.recall_service import ServedBundle, Waiting, answer_batch, answer_waiting
 from genrecall.serving.recall_settings import RecallSettings
 from genrecall.serving.request_metrics import RequestMetrics
+from genrecall.serving.thread_priority import LOADING, give_way
 
 logger = logging.getLogger("ray.serve")  # the logger whose lines a replica keeps
 
@@ -272,8 +273,9 @@ class RecallDeployment:
             self._admin_keys.refresh()
 
     def _follow(self) -> None:
-        """Look at the registry now and then, from the replica's start to its end, in a thread of its own."""
+        """Look at the registry now and then, from the replica's start to its end, in a thread of its own, which gives way to answers."""
         torch.set_num_threads(self._settings.torch_threads)
+        give_way(LOADING)
         while True:
             time.sleep(self._settings.follow_s)
             found = self._follower.newer(self._served, self._challenger.served)
