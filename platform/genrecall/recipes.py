@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from genrecall.data.search_logs import PrepareDataConfig
 from genrecall.encoders.contrastive import EncoderConfig
-from genrecall.evaluation.offline import EvaluationConfig
+from genrecall.evaluation.evaluation_config import EvaluationConfig
 from genrecall.generator.sft import GeneratorConfig, StageConfig
 from genrecall.quantization.cq_sid import QuantizerConfig
 from genrecall.ranking.ranker import RankerConfig

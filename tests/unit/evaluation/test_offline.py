@@ -14,9 +14,11 @@ import pytest
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
+from genrecall.evaluation.evaluation_config import EvaluationConfig
 from genrecall.evaluation.gates import GateConfig, check_gates
 from genrecall.evaluation.leaks import LeakError
-from genrecall.evaluation.offline import EvaluationConfig, ab_sample, evaluate
+from genrecall.evaluation.offline import evaluate
+from genrecall.evaluation.offline_records import ab_sample
 from genrecall.evaluation.records import find, headline_metrics
 from genrecall.evaluation.results_table import results_table, row_name
 from genrecall.generator.model import Decoder
