@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
 
-from genrecall.data.checked_items import COLUMNS, ORIGIN, UNREADABLE, checked_items
+from genrecall.data.checked_items import ORIGIN, UNREADABLE, checked_items
 from genrecall.data.schema import REJECTED, DataError
 from genrecall.data.table_readers import find_portions, read_portion
 from genrecall.data.validation import SCHEMAS, RowRules, check_chunk, text_columns
+from genrecall.encoders.embed import compose_item_text
 from genrecall.local_ray import ensure_ray
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog
@@ -99,8 +100,11 @@ class _Placer:
         errors = np.full(len(batch), np.nan, dtype=np.float32)
         unknown = np.zeros(len(batch), dtype=np.bool_)
         if new.any():
-            placed = self._placer.place([_record_of(row) for row in batch.filter(pa.array(new)).select(COLUMNS).to_pylist()])
-            rows[new], errors[new], unknown[new] = placed.sid_rows, placed.errors, placed.unknown
+            newcomers = batch.filter(pa.array(new))
+            paths = [tuple(path or ()) for path in newcomers["category_path"].to_pylist()]
+            titles, brands, descriptions = ([one or "" for one in newcomers[name].to_pylist()] for name in ("title", "brand", "text"))
+            fit = self._placer.fit(list(map(compose_item_text, titles, brands, paths, descriptions)), paths)
+            rows[new], errors[new], unknown[new] = fit.sid_rows, fit.errors, fit.unknown
         sids = pa.array(self._table.space.texts_of(self._table.tokens[rows]))
         columns = [batch["item_id"], sids, pa.array(rows), pa.array(errors, mask=~new), pa.array(known >= 0), pa.array(unknown, mask=~new)]
         reference = pa.array(np.full(len(batch), self._placer.catalogue_error))

@@ -18,14 +18,20 @@ from genrecall.sid.assign import load_assigner
 _SAMPLE = 2048
 
 
-class Placed(NamedTuple):
-    """Where records go: SID rows int32 [n], vectors float32 [n, d], text tokens, squared errors float32 [n], and whether the category is unknown, bool [n]."""
+class Fit(NamedTuple):
+    """Where n items go, and how well they fit: SID rows int32 [n], vectors float32 [n, d], squared errors float32 [n], whether the category is unknown, bool [n]."""
 
     sid_rows: NDArray[np.int32]
     vectors: NDArray[np.float32]
-    tokens: list[NDArray[np.integer]]
     errors: NDArray[np.float32]
     unknown: NDArray[np.bool_]
+
+
+class Placed(NamedTuple):
+    """Where records go, and what a search needs of them: their vectors in `fit`, and their text tokens."""
+
+    fit: Fit
+    tokens: list[NDArray[np.integer]]
 
 
 class ItemPlacer:
@@ -45,14 +51,16 @@ class ItemPlacer:
 
     def place(self, records: Sequence[ItemRecord]) -> Placed:
         """The places of n records."""
-        assert self._retriever.encoder is not None, "a bundle has its encoder"
         texts = [compose_item_text(one.title, one.brand, one.category_path, one.text) for one in records]
-        paths = [one.category_path for one in records]
+        ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
+        return Placed(self.fit(texts, [one.category_path for one in records]), np.split(ids, offsets[1:-1]))
+
+    def fit(self, texts: Sequence[str], paths: Sequence[tuple[str, ...]]) -> Fit:
+        """Where n items go, by their texts (see `compose_item_text`) and category paths, root first."""
+        assert self._retriever.encoder is not None, "a bundle has its encoder"
         vectors = np.asarray(self._retriever.encoder.encode_items(texts), dtype=np.float32)
         codes, residuals = self._quantizer.place(vectors, paths)
-        ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
-        errors = np.square(residuals).sum(axis=1, dtype=np.float32)
-        return Placed(self._assigner.assign_placed(codes, residuals), vectors, np.split(ids, offsets[1:-1]), errors, self._unknown(paths))
+        return Fit(self._assigner.assign_placed(codes, residuals), vectors, np.square(residuals).sum(axis=1, dtype=np.float32), self._unknown(paths))
 
     def _unknown(self, paths: Sequence[tuple[str, ...]]) -> NDArray[np.bool_]:
         """Whether an item names a category that no item of the bundle has or is below, bool [n]; by the quantiser's categories without posting lists."""

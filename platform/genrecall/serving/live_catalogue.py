@@ -201,12 +201,12 @@ class LiveBundle(Bundle):
         newcomers = [change.record for change, row in zip(latest, known, strict=True) if row < 0 and change.record is not None]
         names = self.names
         if newcomers:
-            placed = self.placer.place(newcomers)
+            (sid_rows, vectors, errors, unknown), tokens = self.placer.place(newcomers)
             shown = tuple(map(ShownItem.of, newcomers))
             names = names.with_names(shown)
             later_rows |= {one.item_id: index.num_items + place for place, one in enumerate(newcomers)}
-            later = later.with_rows(LaterRows(np.ones(len(shown), bool), placed.errors, placed.unknown, *names.numbers_of(shown), shown))
-            index = self._added(index, placed.sid_rows, newcomers, placed.vectors, placed.tokens)
+            later = later.with_rows(LaterRows(np.ones(len(shown), bool), errors, unknown, *names.numbers_of(shown), shown))
+            index = self._added(index, sid_rows, newcomers, vectors, tokens)
         names = names.with_names(changed[row] for row in judged)
         back = {one for one, flag in flags.items() if flag}
         out_of_stock = (self.out_of_stock | flags.keys()) - back if flags else self.out_of_stock
