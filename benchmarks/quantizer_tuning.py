@@ -3,7 +3,7 @@
     python benchmarks/quantizer_tuning.py [--datasets marketplace amazon_scientific] [--seeds 0] [--settings ...] [--collect-only]
 
 CQ-SID's gamma was chosen on validation requests; here RQ-VAE gets as many tries with what it has itself: learning rate, steps, commitment, width of the
-latents. Everything else is the experiment `sids` of quality.py: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
+latents. What helps it is tried with CQ-SID too. Everything else is the experiment `sids` of quality.py: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
 alone is searched with. Settings are compared by clk@N and hit@items of validation requests, paired; the test requests are not read.
 
 All runs of a data set and seed share the home `GENRECALL_HOME/quality/DATASET/seedK/tuning/`, and dataset and encoder of the experiment `sids` where
@@ -60,6 +60,7 @@ SETTINGS: Mapping[str, Setting] = {
     "rqvae_latent32": Setting("rqvae", ("quantizer.latent_dim=32",)),
     "rqvae_latent128": Setting("rqvae", ("quantizer.latent_dim=128",)),
     OURS: Setting("cqsid"),
+    "cqsid_latent128": Setting("cqsid", ("quantizer.latent_dim=128",)),
 }
 SHORTER = ("generator.stage3.steps=1", "generator.validation_requests=0")
 """Stage 3 reads the shopper, which is not compared here."""
@@ -158,25 +159,29 @@ def collect(dataset: str, seeds: Sequence[int], root: Path) -> list[Record]:
     return [*records, maker.record(TABLE, "all", "requests", len(next(iter(ids.values()))))]
 
 
+def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(row, base) of the gains: every setting over RQ-VAE's own, CQ-SID over every RQ-VAE, its other settings over its own and over RQ-VAE under the same change."""
+    ours = [name for name in names if SETTINGS[name].variant == OURS and name != OURS]
+    found = [(name, BASE) for name in names if name != BASE]
+    found += [(OURS, name) for name in names if SETTINGS[name].variant == BASE and name != BASE]
+    found += [(name, base) for name in ours for base in (OURS, name.replace(OURS, BASE))]
+    return [(name, base) for name, base in found if {name, base} <= set(names)]
+
+
 def _load(file: Path) -> dict[str, np.ndarray]:
     with np.load(file, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Values, gains over RQ-VAE's own setting, and CQ-SID's gains over each."""
+    """Values, and the gains of `pairs`."""
     found = {(record["row"], record["metric"]): record for record in records}
     rows = [name for name in SETTINGS if (name, COLUMNS[0]) in found]
     counted = found["all", "requests"]
     values = [[name, f"{found[name, 'items_per_sid']['value']:.2f}", *(_shown(found[name, metric], "{:.3f}") for metric in COLUMNS)] for name in rows]
     blocks = [origin(counted, counted), markdown_table(["", "items/SID", *COLUMNS], values)]
-    over_base = [[f"{name} over {BASE}", *(_shown(found[name, f"{metric}_gain_vs_{BASE}"], "{:+.1%}") for metric in COLUMNS)] for name in rows if name != BASE]
-    ours = [
-        [f"{OURS} over {name}", *(_shown(found[OURS, f"{metric}_gain_vs_{name}"], "{:+.1%}") for metric in COLUMNS)]
-        for name in rows
-        if OURS in rows and name not in (OURS, BASE)
-    ]
-    return "\n\n".join([*blocks, markdown_table(["", *COLUMNS], over_base + ours)]) + "\n"
+    gains = [[f"{name} over {base}", *(_shown(found[name, f"{metric}_gain_vs_{base}"], "{:+.1%}") for metric in COLUMNS)] for name, base in pairs(rows)]
+    return "\n\n".join([*blocks, markdown_table(["", *COLUMNS], gains)]) + "\n"
 
 
 def _shown(record: Record, form: str) -> str:

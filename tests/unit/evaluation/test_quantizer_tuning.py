@@ -81,6 +81,18 @@ def test_table_has_the_gains_over_rqvaes_own_setting_and_cqsids_over_each(bench:
         bench.collect("marketplace", [0], tmp_path)
 
 
+def test_a_change_that_both_sides_have_is_compared_under_it(bench: ModuleType) -> None:
+    assert bench.pairs(["rqvae", "rqvae_latent128", "cqsid", "cqsid_latent128"]) == [
+        ("rqvae_latent128", "rqvae"),
+        ("cqsid", "rqvae"),
+        ("cqsid_latent128", "rqvae"),
+        ("cqsid", "rqvae_latent128"),
+        ("cqsid_latent128", "cqsid"),
+        ("cqsid_latent128", "rqvae_latent128"),
+    ]
+    assert bench.pairs(["rqvae", "cqsid_latent128"]) == [("cqsid_latent128", "rqvae")]
+
+
 def test_collecting_keeps_other_data_sets_records(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
