@@ -219,9 +219,11 @@ class CatalogueLog:
                 because a dropped tombstone would let it bring an item back. 0 keeps all tombstones. Stock flags are in no bundle and stay.
 
         Raises:
-            CatalogueLogError: a damaged log, or `covered` beyond its end.
+            CatalogueLogError: no log, a damaged one, or `covered` beyond its end.
             CatalogueBusyError: as for `append`.
         """
+        if not self.folder.is_dir():
+            raise CatalogueLogError(f"{self.folder}: no catalogue log here; set GENRECALL_HOME, or give the folder of the logs, as the servers have it")
         with self._writing(wait_s):
             end = self._end()
             if covered > end.sequence:

@@ -178,3 +178,5 @@ def test_the_log_may_be_compacted_as_far_as_the_versions_an_alias_move_away_cove
     assert least_covered("shop") == (30, 2)
     registry.delete_model_version_tag("shop", "1", "genrecall.catalog_seq")  # the champion before, registered by an older release
     assert least_covered("shop") == (0, 1)
+    registry.delete_model_version("shop", "1")  # nothing goes back to it
+    assert least_covered("shop") == (30, 2)
