@@ -17,7 +17,7 @@ from genrecall.pipeline import command_line
 from genrecall.registry.bundle import BundleError
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, log_folder
 from genrecall.registry.item_placement import append_items, assign_items
-from genrecall.registry.versions import RegistryError, fetch_bundle, resolve
+from genrecall.registry.versions import RegistryError, fetch_bundle, redacting, resolve
 from genrecall.storage import ArtifactError, open_artifact
 
 
@@ -35,8 +35,9 @@ def main() -> None:
     )
     try:
         client = MlflowClient()
-        version = resolve(arguments.model or f"models:/{pipeline.recipe.registered_name}@champion", client)
-        bundle = open_artifact(str(fetch_bundle(version, client)), kind="bundle")
+        with redacting():
+            version = resolve(arguments.model or f"models:/{pipeline.recipe.registered_name}@champion", client)
+            bundle = open_artifact(str(fetch_bundle(version, client)), kind="bundle")
         summary = assign_items(bundle, arguments.items, Path(arguments.output), category_separator=pipeline.recipe.data.category_separator)
         if arguments.append_log:
             log = CatalogueLog(log_folder(arguments.catalogue_folder or f"{pipeline.where.home}/catalogue", version.name))
