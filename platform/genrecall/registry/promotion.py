@@ -148,6 +148,9 @@ def promote(version: Version, gates: GateConfig, *, named: bool = False) -> Gate
         reason = f"{version.text} was rolled back from at {rolled_back_at}; train another, or name it: jobs/promote.py --version {version.number}"
         return GateReport(passed=False, reasons=[reason])
     report = check_gates(fetch_metrics(version, client), fetch_metrics(champion, client) if champion else None, gates)
+    if report.passed and (now := current_champion(version.name)) != champion:  # fetching takes a while
+        reason = f"{now.text if now else 'no version'} became the champion meanwhile, the gates judged against {champion.text if champion else 'none'}; promote again"
+        return GateReport(passed=False, reasons=[reason])
     if report.passed:
         if champion is not None:
             client.set_model_version_tag(version.name, str(version.number), PREVIOUS_TAG, str(champion.number))
