@@ -7,6 +7,7 @@ known, unknown_category) and `rejected.parquet`, and says by the limits of the s
 model's catalogue log, from where every server takes them within seconds.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from genrecall.pipeline import command_line
 from genrecall.registry.bundle import BundleError
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, log_folder
 from genrecall.registry.item_placement import append_items, assign_items
-from genrecall.registry.versions import RegistryError, fetch_bundle, resolve
+from genrecall.registry.versions import RegistryError, fetch_bundle, fetch_bundle_from, redacting, resolve
 from genrecall.storage import ArtifactError, open_artifact
 
 
@@ -35,12 +36,15 @@ def main() -> None:
     )
     try:
         client = MlflowClient()
-        version = resolve(arguments.model or f"models:/{pipeline.recipe.registered_name}@champion", client)
-        bundle = open_artifact(str(fetch_bundle(version, client)), kind="bundle")
-        summary = assign_items(bundle, arguments.items, Path(arguments.output), category_separator=pipeline.recipe.data.category_separator)
+        with redacting():
+            version = resolve(arguments.model or f"models:/{pipeline.recipe.registered_name}@champion", client)
+            bundle = open_artifact(str(fetch_bundle(version, client)), kind="bundle")
+        folder = functools.partial(fetch_bundle_from, pipeline.where.tracking_uri, version)
+        separator = pipeline.recipe.data.category_separator
+        summary = assign_items(bundle, arguments.items, Path(arguments.output), folder=folder, category_separator=separator)
         if arguments.append_log:
             log = CatalogueLog(log_folder(arguments.catalogue_folder or f"{pipeline.where.home}/catalogue", version.name))
-            sequence = append_items(arguments.items, log, category_separator=pipeline.recipe.data.category_separator)
+            sequence = append_items(arguments.items, log, category_separator=separator)
     except (RegistryError, BundleError, ArtifactError, DataError, CatalogueLogError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ import sys
 from genrecall.pipeline import command_line
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError, log_folder
 from genrecall.registry.promotion import least_covered
+from genrecall.registry.versions import RegistryError, redacting
 
 
 def main() -> None:
@@ -25,14 +26,15 @@ def main() -> None:
     )
     name = pipeline.recipe.registered_name
     try:
-        least = least_covered(name)
+        with redacting():
+            least = least_covered(name)
         if least is not None and arguments.covered > least[0]:
             raise CatalogueLogError(
                 f"--covered {arguments.covered}: version {least[1]} of {name} holds the changes up to {least[0]} only and could not be served"
             )
         log = CatalogueLog(log_folder(arguments.catalogue_folder or f"{pipeline.where.home}/catalogue", name))
         done = log.compact(arguments.covered, wait_s=60)
-    except CatalogueLogError as error:
+    except (CatalogueLogError, RegistryError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     print(f"{log.folder}: {done.kept} changes kept, {done.dropped} dropped, {done.bytes_before} bytes before, {done.bytes_after} after")

@@ -4,7 +4,7 @@
     python jobs/promote.py --recipe home_depot --version 3     # this one, also if it was rolled back from
     python jobs/promote.py --recipe home_depot --rollback
 
-Servers that follow the alias take the version into service by themselves. Exit status 1 where the gates refuse, 2 where there is no such version.
+Servers that follow the alias take the version into service by themselves. Exit status 1 where the gates refuse, 2 where there is no such version or the registry fails.
 """
 
 import sys
@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from genrecall.pipeline import command_line
 from genrecall.registry.bundle import BundleError
 from genrecall.registry.promotion import promote, rollback
-from genrecall.registry.versions import RegistryError, resolve
+from genrecall.registry.versions import RegistryError, redacting, resolve
 from genrecall.storage import ArtifactError
 
 
@@ -29,11 +29,12 @@ def main() -> None:
     )
     name = pipeline.recipe.registered_name
     try:
-        if arguments.rollback:
-            print(f"champion of {name} is version {rollback(name).number} again")
-            return
-        version = resolve(f"models:/{name}/{arguments.version}" if arguments.version is not None else f"models:/{name}@challenger", MlflowClient())
-        report = promote(version, pipeline.recipe.registry.gates, named=arguments.version is not None)
+        with redacting():
+            if arguments.rollback:
+                print(f"champion of {name} is version {rollback(name).number} again")
+                return
+            version = resolve(f"models:/{name}/{arguments.version}" if arguments.version is not None else f"models:/{name}@challenger", MlflowClient())
+            report = promote(version, pipeline.recipe.registry.gates, named=arguments.version is not None)
     except (RegistryError, BundleError, ArtifactError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ import shlex
 
 from genrecall.evaluation.results_table import results_table
 from genrecall.pipeline import command_line, example_request, promote_if_it_passes, register_bundle
+from genrecall.registry.versions import redacting
 from genrecall.tracking import stage_run
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     """Run every stage, register the bundle, try to promote it, say what to do next."""
     pipeline, _ = command_line(__doc__ or "")
     recipe = pipeline.recipe
-    with stage_run(f"run_pipeline {recipe.name}", recipe, tags={"recipe": recipe.name}):
+    with redacting(), stage_run(f"run_pipeline {recipe.name}", recipe, tags={"recipe": recipe.name}):
         artifacts = pipeline.run_all()
         version = register_bundle(pipeline)
         promotion = promote_if_it_passes(version, recipe)

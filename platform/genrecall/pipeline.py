@@ -41,7 +41,7 @@ from genrecall.recipes import MAIN_VARIANT, RECIPES, Recipe
 from genrecall.registry.bundle import BundleError, build_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, log_folder
 from genrecall.registry.promotion import aliases_of, current_champion, promote, register
-from genrecall.registry.versions import RegistryError, Version, fetch_bundle
+from genrecall.registry.versions import RegistryError, Version, fetch_bundle, redacted, redacting
 from genrecall.rl.eg_grpo import align_generator
 from genrecall.sid.build import build_sid_index, churn_between
 from genrecall.storage import Artifact, ArtifactError, open_artifact, read_manifest
@@ -199,7 +199,7 @@ class Pipeline:
         started = time.monotonic()
         place = f"[{next(self._started)}/{self._total}] " if self._total else ""
         logger.info("%s%s ...", place, name)
-        with stage_run(name, config, tags={"recipe": self.recipe.name}, parent_run_id=self._parent_run_id) as run_id:
+        with redacting(), stage_run(name, config, tags={"recipe": self.recipe.name}, parent_run_id=self._parent_run_id) as run_id:
             artifact = make(run_id)
             fresh = before is None or before["created"] != artifact.manifest["created"] or before["identity"] != artifact.manifest["identity"]
             tag_stage(artifact, reused=not fresh)
@@ -221,7 +221,7 @@ def command_line(
 ) -> tuple[Pipeline, argparse.Namespace]:
     """Parse a job's command line: `--recipe NAME [--force] [--print-config] key=value ...`.
 
-    Exits with status 2 and all problems where the configuration cannot be used, before Ray starts.
+    Exits with status 2 and all problems where the configuration cannot be used or the registry does not answer, before Ray starts.
 
     Args:
         extra: further options of the job, name -> `add_argument` keywords.
@@ -245,7 +245,11 @@ def command_line(
         parser.exit(2, f"{error}\n")
     if arguments.print_config:
         parser.exit(0, json.dumps(to_dict(recipe), indent=2) + "\n")
-    use_tracking(where)
+    try:
+        with redacting():
+            use_tracking(where)
+    except RegistryError as error:
+        parser.exit(2, f"{error}\n")
     return Pipeline(recipe, where, force=arguments.force), arguments
 
 
@@ -270,7 +274,7 @@ def churn_since_champion(bundle: Artifact, model_name: str) -> dict[str, float]:
             return {}
         churn = churn_between(fetch_bundle(champion, MlflowClient()) / "sid_index", bundle.path / "sid_index")
     except (RegistryError, BundleError, ArtifactError, MlflowException, OSError) as error:  # no reason not to register
-        logger.warning("churn of the SIDs is not known: %s", error)
+        logger.warning("churn of the SIDs is not known: %s", redacted(error))
         return {}
     logger.info("%.1f %% of the pairs of items that share a SID in the champion, %s, do not in this bundle (churn)", 100 * churn, champion.text)
     return {"sids/churn_since_champion": churn}

@@ -234,7 +234,7 @@ def read_manifest(uri: str) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(filesystem.cat_file(name))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no UTF-8 either
         raise ArtifactError(f"{uri}/{MANIFEST}: not JSON ({error}); rerun the job that made it with --force") from error
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(

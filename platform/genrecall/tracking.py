@@ -15,6 +15,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 import mlflow
 from mlflow.entities import Metric, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from genrecall.config import Places, to_dict
@@ -32,7 +33,11 @@ def use_tracking(places: Places) -> None:
     client = MlflowClient()
     if client.get_experiment_by_name(EXPERIMENT) is None:
         location = places.home if "://" in places.home else Path(places.home).as_uri()
-        client.create_experiment(EXPERIMENT, artifact_location=f"{location}/mlflow")
+        try:
+            client.create_experiment(EXPERIMENT, artifact_location=f"{location}/mlflow")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job was faster
+                raise
     mlflow.set_experiment(EXPERIMENT)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import genrecall.ray_environment  # noqa: F401 - before Ray
 
+import atexit
 import contextlib
 import functools
 import io
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
+import pyarrow.fs
 import ray
 import torch
 from ray import train as ray_train
@@ -137,9 +139,17 @@ def fit(loop: Callable[[dict[str, Any]], None], loop_config: Mapping[str, Any], 
         raise TrainingError(f"{name}: training failed; rerun the same job to go on from the last checkpoint in {stage.work_uri}: {error}") from error
     if result.checkpoint is None:
         raise TrainingError(f"{name}: the loop ended without TrainWorker.finish()")
-    if "://" in work_parent:
-        return Path(result.checkpoint.to_directory()) / "export"
-    return Path(result.checkpoint.path) / "export"
+    return _exported(result.checkpoint, remote="://" in work_parent)
+
+
+def _exported(checkpoint: ray_train.Checkpoint, *, remote: bool) -> Path:
+    """The folder that `finish` exported, of a remote checkpoint a copy that goes when this process ends. What the optimizer needs, several times larger, stays where it is."""
+    if not remote:
+        return Path(checkpoint.path) / "export"
+    copy = Path(tempfile.mkdtemp(prefix="genrecall-export-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    pyarrow.fs.copy_files(f"{checkpoint.path}/export", str(copy), source_filesystem=checkpoint.filesystem)
+    return copy
 
 
 def _check_resumable(name: str, work_uri: str, train: TrainSettings) -> None:

@@ -219,9 +219,11 @@ class CatalogueLog:
                 because a dropped tombstone would let it bring an item back. 0 keeps all tombstones. Stock flags are in no bundle and stay.
 
         Raises:
-            CatalogueLogError: a damaged log, or `covered` beyond its end.
+            CatalogueLogError: no log, a damaged one, or `covered` beyond its end.
             CatalogueBusyError: as for `append`.
         """
+        if not self.folder.is_dir():
+            raise CatalogueLogError(f"{self.folder}: no catalogue log here; set GENRECALL_HOME, or give the folder of the logs, as the servers have it")
         with self._writing(wait_s):
             end = self._end()
             if covered > end.sequence:
@@ -388,6 +390,8 @@ class _Scan:
         self.position = _Position(file.name, offset, self.position.sequence)
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
+            if size < offset:
+                raise _Unsettled(f"{file.name}: ends at byte {size} and was whole up to byte {offset}: it has lost its end")
             for changes, end in _lines(file, stream, offset, size, torn_allowed=is_last):
                 read = end
                 if changes[-1].sequence > through:
@@ -397,7 +401,7 @@ class _Scan:
                     yield _Line(changes, self.position)
                 else:  # a compaction that could not delete this file
                     self.position = self.position._replace(offset=end)
-        self.torn_bytes = max(size - read, 0)
+        self.torn_bytes = size - read
 
 
 def _lines(file: Path, stream: IO[bytes], offset: int, size: int, *, torn_allowed: bool) -> Iterator[tuple[list[Change], int]]:

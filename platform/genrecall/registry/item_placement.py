@@ -7,10 +7,11 @@ are written apart with the reason.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,14 @@ class PlacementSummary:
 
 
 class _Placer:
-    """One actor's share: the bundle. Rows that came with a reason pass through; each batch says the catalogue's own error in `_REFERENCE`."""
+    """One actor's share: the bundle. Rows that came with a reason pass through; each batch says the catalogue's own error in `_REFERENCE`.
 
-    def __init__(self, bundle: str) -> None:
-        loaded = load_bundle(bundle, verify=False)
+    Args:
+        folder: gives the bundle's folder on the actor's machine.
+    """
+
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        loaded = load_bundle(folder(), verify=False)
         self._placer = ItemPlacer(loaded)
         self._table = loaded.retriever.table
         self._item_ids = loaded.item_ids
@@ -165,6 +170,7 @@ def assign_items(
     items: str,
     output: Path,
     *,
+    folder: Callable[[], Path] | None = None,
     category_separator: str = ">",
     limits: DriftLimits = DriftLimits(),  # noqa: B008 - frozen
 ) -> PlacementSummary:
@@ -173,6 +179,7 @@ def assign_items(
     Args:
         items: Parquet, JSONL or CSV (also gzip), a file, folder or glob, with at least `item_id` and `title`.
         output: a folder that does not exist yet; it appears whole or not at all.
+        folder: gives the bundle's folder on the machine that calls it, which need not be this one; default: `bundle` lies there too, in the same place.
         category_separator: between the levels where a category path is text.
         limits: of the alarms.
 
@@ -194,7 +201,11 @@ def assign_items(
         ray.data.from_arrow(pa.table({"number": list(range(len(portions)))}))
         .map_batches(read, batch_size=1, batch_format="pyarrow")
         .map_batches(
-            _Placer, fn_constructor_args=(str(bundle.path),), batch_format="pyarrow", batch_size=_ROWS_AT_ONCE, compute=ray.data.ActorPoolStrategy(size=1)
+            _Placer,
+            fn_constructor_args=(folder or functools.partial(Path, bundle.path),),
+            batch_format="pyarrow",
+            batch_size=_ROWS_AT_ONCE,
+            compute=ray.data.ActorPoolStrategy(size=1),
         )
     )
     sizes = np.diff(load_index(bundle.path / "sid_index").offsets)

@@ -148,6 +148,9 @@ def promote(version: Version, gates: GateConfig, *, named: bool = False) -> Gate
         reason = f"{version.text} was rolled back from at {rolled_back_at}; train another, or name it: jobs/promote.py --version {version.number}"
         return GateReport(passed=False, reasons=[reason])
     report = check_gates(fetch_metrics(version, client), fetch_metrics(champion, client) if champion else None, gates)
+    if report.passed and (now := current_champion(version.name)) != champion:  # fetching takes a while
+        reason = f"{now.text if now else 'no version'} became the champion meanwhile, the gates judged against {champion.text if champion else 'none'}; promote again"
+        return GateReport(passed=False, reasons=[reason])
     if report.passed:
         if champion is not None:
             client.set_model_version_tag(version.name, str(version.number), PREVIOUS_TAG, str(champion.number))
@@ -179,7 +182,7 @@ def rollback(model_name: str) -> Version:
 def least_covered(model_name: str) -> tuple[int, int] | None:
     """The least that a version which may go live by one alias move holds of the catalogue log, and that version's number; None where there is no such version.
 
-    Those are the champion, the one that `rollback` gives back, and the challenger. A log that is compacted further is one that they are refused for.
+    Those are the champion, the one that `rollback` gives back where it was not deleted, and the challenger. A log that is compacted further is one that they are refused for.
     """
     client = MlflowClient()
     try:
@@ -191,7 +194,11 @@ def least_covered(model_name: str) -> tuple[int, int] | None:
     numbers = {str(number) for alias, number in aliases.items() if alias in (CHAMPION, CHALLENGER)}
     if CHAMPION in aliases:
         numbers |= {one for one in [client.get_model_version(model_name, str(aliases[CHAMPION])).tags.get(PREVIOUS_TAG)] if one}
-    held = [(int(client.get_model_version(model_name, number).tags.get(CATALOG_SEQ_TAG, 0)), int(number)) for number in numbers]
+    held = [
+        (int(version.tags.get(CATALOG_SEQ_TAG, 0)), int(version.version))
+        for version in client.search_model_versions(f"name='{model_name}'")
+        if str(version.version) in numbers
+    ]
     return min(held, default=None)
 
 

@@ -158,6 +158,12 @@ def fetch_bundle(version: Version, client: MlflowClient, cache: Path | None = No
     return cached(cache / version.manifest_sha256, lambda folder: _download(source, client, folder), check)
 
 
+def fetch_bundle_from(tracking_uri: str, version: Version) -> Path:
+    """`fetch_bundle` for whoever cannot be given a client: another process, perhaps on another machine."""
+    with redacting():
+        return fetch_bundle(version, open_registry(tracking_uri))
+
+
 def fetch_metrics(version: Version, client: MlflowClient) -> dict[str, Any]:
     """The evaluation that a version was registered with. Of a remote store nothing else is downloaded; a local one's bundle is checked whole.
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+from ray.autoscaler._private.aws.config import DEFAULT_AMI_NAME
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,3 +45,24 @@ def test_the_head_starts_with_tokens_and_a_dashboard_on_loopback(cluster):
     assert any("RAY_AUTH_MODE=token" in command and "> ~/.genrecall_env" in command for command in cluster["setup_commands"])
     assert cluster["file_mounts"]["/home/ubuntu/.ray/auth_token"] == "~/.ray/auth_token"
     assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head[0]
+
+
+def test_nodes_have_the_python_that_the_package_needs(cluster):
+    images = [one["node_config"]["ImageId"] for one in cluster["available_node_types"].values()]
+    assert "Ubuntu 18.04" in DEFAULT_AMI_NAME, "Ray's default image is another one now: it may do"
+    assert "latest_dlami" not in images
+    (made,) = [command for command in cluster["setup_commands"] if "python3 -m venv ~/venv" in command]
+    (installed,) = [command for command in cluster["setup_commands"] if "pip install" in command]
+    assert cluster["setup_commands"].index(made) < cluster["setup_commands"].index(installed)
+    assert "~/venv/bin/pip install -q -c constraints.txt" in installed
+    assert any("PATH=$HOME/venv/bin:$PATH" in command for command in cluster["setup_commands"])
+    assert all(". ~/.genrecall_env; " in command for name in ("head", "worker") for command in cluster[f"{name}_start_ray_commands"])
+
+
+def test_what_s3_needs_is_installed_with_the_package():
+    """MLflow's S3 store and Ray's node provider import boto3, which neither of them requires."""
+    ours = {Requirement(line).name for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    assert {"s3fs", "boto3"} <= ours
+    pins = {one.name: str(one.specifier) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalpha() and (one := Requirement(line))}
+    (botocore,) = [one for line in requires("aiobotocore") or [] if (one := Requirement(line)).name == "botocore" and one.marker is None]
+    assert Version(pins["botocore"].removeprefix("==")) in botocore.specifier, "boto3 and s3fs share one botocore"

@@ -233,6 +233,14 @@ def test_file_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str)
         open_artifact(artifact.uri)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b'{"kind": "\xff"}'])
+def test_a_manifest_that_cannot_be_read_names_what_to_rerun(tmp_path: Path, content: bytes) -> None:
+    artifact = make(stage(str(tmp_path / "toy")))
+    (artifact.path / MANIFEST).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"toy/manifest\.json: not JSON \(.*\); rerun the job that made it with --force"):
+        open_artifact(artifact.uri)
+
+
 def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     artifact = make(stage(str(tmp_path / "toy")))
     manifest = json.loads((artifact.path / MANIFEST).read_text()) | {"format_version": 99}

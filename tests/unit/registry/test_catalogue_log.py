@@ -114,6 +114,25 @@ def test_a_missing_segment_is_an_error(tmp_path, monkeypatch):
     assert CatalogueLog(tmp_path).read(0).sequence == 3
 
 
+def test_a_log_that_lost_its_end_is_noticed_by_who_read_it_and_not_written_over_by_who_wrote_it(log, monkeypatch):
+    monkeypatch.setattr(catalogue_log, "_BETWEEN_LOOKS_S", 0.0)
+    log.append([record("a")])
+    (path,) = log.folder.glob("changes-*")
+    older = path.read_bytes()
+    log.append([record("b")])
+    reader = CatalogueLog(log.folder)
+    at = reader.read(0).sequence
+    newest = path.read_bytes()
+    path.write_bytes(older)  # a backup of yesterday
+    for use in (lambda: reader.read(at), lambda: log.append([record("c")])):
+        with pytest.raises(CatalogueLogError, match=rf"ends at byte {len(older)} and was whole up to byte {len(newest)}: .*; bring what is missing back"):
+            use()
+    assert path.read_bytes() == older
+    path.write_bytes(newest)
+    assert log.append([record("c")]) == 3
+    assert states(reader.read(at)) == {"c": "a hose"}
+
+
 CHANGES = st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans(), st.text(min_size=1, max_size=3).filter(str.isprintable)), min_size=1, max_size=4)
 
 

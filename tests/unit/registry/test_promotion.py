@@ -10,6 +10,7 @@ import pytest
 
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.evaluation.gates import GateConfig
+from genrecall.registry import promotion
 from genrecall.registry.bundle import BundleConfig, build_bundle
 from genrecall.registry.promotion import RegistryConfig, aliases_of, current_champion, least_covered, promote, register, rollback
 from genrecall.registry.versions import RegistryError, resolve
@@ -91,6 +92,24 @@ def test_a_worse_version_is_held_back_with_the_reason(registry, versions):
         "channels/generative/recall@100: 0.4500 (0.4400 to 0.4600), the champion has 0.5000 (0.4900 to 0.5100): it falls by 10.0%, at most 5.0% is allowed"
     ]
     assert aliases(registry) == {"champion": 1, "challenger": 2}
+
+
+def test_a_version_that_was_judged_against_another_champion_is_not_promoted(registry, versions, untrained_line, monkeypatch):
+    third = register(untrained_line(seed=2, recall=0.6), "shop", metrics={})
+    promote(versions[1], GATES)
+    fetch = promotion.fetch_metrics
+
+    def another_job_is_faster(version, client):
+        monkeypatch.setattr(promotion, "fetch_metrics", fetch)
+        assert promote(third, GATES).passed
+        return fetch(version, client)
+
+    monkeypatch.setattr(promotion, "fetch_metrics", another_job_is_faster)
+    report = promote(versions[0], GATES)
+    assert not report.passed
+    assert report.reasons == ["shop/3 became the champion meanwhile, the gates judged against shop/2; promote again"]
+    assert aliases(registry) == {"champion": 3}
+    assert rollback("shop") == versions[1]
 
 
 def test_promoting_the_champion_changes_nothing(registry, versions):
@@ -178,3 +197,5 @@ def test_the_log_may_be_compacted_as_far_as_the_versions_an_alias_move_away_cove
     assert least_covered("shop") == (30, 2)
     registry.delete_model_version_tag("shop", "1", "genrecall.catalog_seq")  # the champion before, registered by an older release
     assert least_covered("shop") == (0, 1)
+    registry.delete_model_version("shop", "1")  # nothing goes back to it
+    assert least_covered("shop") == (30, 2)

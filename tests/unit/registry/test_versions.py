@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 import tempfile
 
 import mlflow
+import pyarrow as pa
 import pytest
 from mlflow.exceptions import MlflowException
 
 from genrecall.registry import versions
 from genrecall.registry.bundle import BundleError
+from genrecall.registry.item_placement import _Placer
 from genrecall.registry.promotion import promote, register
 from genrecall.registry.versions import BUNDLE_FOLDER, MANIFEST_TAG, RegistryError, Version, fetch_bundle, is_address, open_registry, redacted, resolve
 from genrecall.storage import ArtifactError
@@ -118,6 +122,27 @@ def test_a_remote_bundle_is_downloaded_once_and_leaves_nothing_else(registry, re
     assert downloads == ["bundle"]
     assert not list((tmp_path / "temporary").iterdir())
     assert [path.name for path in kept.parent.iterdir()] == [remote.manifest_sha256]
+
+
+def test_another_machine_fetches_a_bundle_for_itself(registry, remote, downloads, tmp_path, monkeypatch):
+    fetch = pickle.loads(pickle.dumps(functools.partial(versions.fetch_bundle_from, registry.tracking_uri, remote)))  # noqa: S301 - as Ray does
+    here = fetch_bundle(remote, registry)
+    monkeypatch.setenv("GENRECALL_CACHE", str(tmp_path / "there"))
+    there = fetch()
+    assert (here.parent.name, there.parent.name, downloads) == ("cache", "there", ["bundle", "bundle"])
+    columns = {
+        "item_id": "new",
+        "title": "steel lamp",
+        "brand": "",
+        "category_path": ["Home"],
+        "text": "",
+        "file": "f",
+        "row": 0,
+        "column": None,
+        "reason": None,
+    }
+    rows = pa.Table.from_pylist([columns | {"value": None}])
+    assert _Placer(fetch)(rows)["sid"] == _Placer(lambda: here)(rows)["sid"]
 
 
 def test_promotion_downloads_what_the_gates_read_alone(registry, remote, downloads, tmp_path):
