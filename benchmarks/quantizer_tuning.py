@@ -152,9 +152,7 @@ def collect(dataset: str, seeds: Sequence[int], root: Path) -> list[Record]:
     made_at = commits(fact["commit"] for name in names for fact in facts[name])
     maker = PairedRecords(dataset, len(homes), f"python benchmarks/quantizer_tuning.py --datasets {dataset}{tail}", made_at)
     records = maker.means(TABLE, columns, [(name, metric) for name in names for metric in COLUMNS])
-    records += maker.gains(
-        TABLE, columns, [(name, BASE) for name in names if name != BASE] + [(OURS, name) for name in names if name not in (BASE, OURS)], COLUMNS
-    )
+    records += maker.gains(TABLE, columns, pairs(names), COLUMNS)
     records += [maker.record(TABLE, name, "items_per_sid", float(np.mean([fact["items_per_sid"] for fact in facts[name]]))) for name in names]
     return [*records, maker.record(TABLE, "all", "requests", len(next(iter(ids.values()))))]
 

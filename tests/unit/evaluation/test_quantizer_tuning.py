@@ -64,6 +64,7 @@ def test_table_has_the_gains_over_rqvaes_own_setting_and_cqsids_over_each(bench:
     assert bench.collect("marketplace", [0], tmp_path) == []  # without RQ-VAE's own there is nothing to compare with
     write(home, "rqvae", [1, 0])
     write(home, "rqvae_latent32", [0.5, 1])
+    write(home, "cqsid_latent128", [1, 0.5])
     records = bench.collect("marketplace", [0], tmp_path)
     values = {(one["row"], one["metric"]): one["value"] for one in records}
     assert values["all", "requests"] == 2
@@ -75,6 +76,7 @@ def test_table_has_the_gains_over_rqvaes_own_setting_and_cqsids_over_each(bench:
     text = bench.markdown(records)
     assert "| rqvae_latent32 over rqvae | +50.0% (" in text
     assert "| cqsid over rqvae_latent32 | +33.3% (" in text
+    assert "| cqsid_latent128 over cqsid | -25.0% (" in text
     assert text.startswith("1 seed, 2 requests")
     write(home, "rqvae_latent32", [0.5, 1], ids=("a", "x"))
     with pytest.raises(bench.CollectionError, match="measured other requests than"):
