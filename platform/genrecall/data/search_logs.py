@@ -34,6 +34,7 @@ from genrecall.storage import Artifact, Draft, Stage, remove_tree
 
 ALGORITHM_VERSION = 2
 _MAX_PARTITIONS = 1_000
+_ITEMS_PER_PARTITION = 50_000  # however many events fit into memory: items have long texts, of which Arrow sorts two gigabytes at most
 _logger = logging.getLogger(__name__)
 
 
@@ -217,7 +218,8 @@ class _Run:
 
     def _partitions(self, table: str) -> int:
         rows = sum(portion.estimated_rows for portion in self.portions if portion.table == table)
-        return min(max(math.ceil(rows / self.config.events_per_partition), 1), _MAX_PARTITIONS)
+        most = self.config.events_per_partition if table == "events" else min(self.config.events_per_partition, _ITEMS_PER_PARTITION)
+        return min(max(math.ceil(rows / most), 1), _MAX_PARTITIONS)
 
     def _run(self, name: str, task: Callable[[int], TaskReport], count: int) -> None:
         for report in run_tasks(name, task, count):
