@@ -1,7 +1,7 @@
 """Turn search logs and a catalogue into the canonical dataset: cleaned, split by time, sharded (Ray Data).
 
 python jobs/prepare_data.py --recipe marketplace
-python jobs/prepare_data.py --recipe canonical data.items=logs/items.parquet data.events=logs/events/ data.users=logs/users.jsonl.gz
+python jobs/prepare_data.py --recipe site data.items=logs/items.parquet data.events=logs/events/ data.users=logs/users.jsonl.gz
 """
 
 from genrecall.pipeline import command_line
