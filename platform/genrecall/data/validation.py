@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from genrecall.data.schema import ACTIONS, EVENTS, ITEMS, REJECTED, USERS, DataError
+from genrecall.data.schema import ACTIONS, EVENTS, ITEMS, MAX_ID_BYTES, REJECTED, USERS, DataError
 from genrecall.data.table_readers import BadRow, Chunk, Portion
 
 SCHEMAS = {"items": ITEMS, "events": EVENTS, "users": USERS}
@@ -167,6 +167,9 @@ def _shown(value: Any) -> str:
 
 def _item_rules(columns: dict[str, pa.Array], check: _Check, rules: RowRules) -> dict[str, int]:
     _require_value(columns, "item_id", check)
+    # What `build_sid_index` could not keep is refused here, before anything is trained.
+    check.reject(_mask(pc.greater(pc.binary_length(columns["item_id"]), MAX_ID_BYTES)), "item_id", "id_too_long", columns["item_id"])
+    check.reject(_mask(pc.ends_with(columns["item_id"], "\0")), "item_id", "id_ends_in_zero_byte", columns["item_id"])
     columns["title"] = pc.fill_null(columns["title"], "")  # an item without text is kept: it may still be found by its category
     columns["brand"] = _empty_as_null(columns["brand"])
     columns["text"] = _empty_as_null(columns["text"])

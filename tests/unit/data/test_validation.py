@@ -126,6 +126,12 @@ def test_a_price_that_is_nan_is_unknown_in_text_too() -> None:
     assert reasons(checked) == [(102, "price", "wrong_type")]
 
 
+def test_an_item_id_that_no_index_could_keep_is_rejected() -> None:
+    checked = check("items", {"item_id": ["a" * 64, "a" * 65, "é" * 33, "a\0"], "title": ["t"] * 4})
+    assert checked.table["item_id"].to_pylist() == ["a" * 64]
+    assert reasons(checked) == [(101, "item_id", "id_too_long"), (102, "item_id", "id_too_long"), (103, "item_id", "id_ends_in_zero_byte")]
+
+
 def test_category_paths_lose_empty_levels_and_items_without_text_stay() -> None:
     checked = check(
         "items", {"item_id": ["a", "b", "c"], "title": ["t", None, ""], "category_path": [["x", "", " y "], None, []], "price": [1.0, float("nan"), None]}
