@@ -53,7 +53,7 @@ class PrepareDataConfig:
         history_length: items of a shopper's history that a request carries.
         max_user_events_per_day, max_user_clicks_per_day: a shopper above either on one UTC day is a bot. A person who looks at 250
             pages of 20 products in a day stays below the first.
-        max_clicks_per_request: a request with more clicked items is a bot's.
+        max_clicks_per_request: a request with more rows of clicks, carts and purchases, repeated ones included, is a bot's.
         future_tolerance_hours: how far a timestamp may lie ahead of this machine's clock.
         max_rejected_fraction: of the rows of one table; above it the job fails.
         events_per_partition: bounds memory; raise it together with the machines' memory when there are more than 1,000 times as many events.
