@@ -63,7 +63,7 @@ def load_catalog(dataset: Artifact) -> Catalog:
     Raises:
         DataError: an item id appears twice (the artifact was not made by `prepare_data`).
     """
-    table = pq.read_table(dataset.file("items"), schema=ITEMS).sort_by("item_id").combine_chunks()
+    table = with_large_text(pq.read_table(dataset.file("items"), schema=ITEMS)).sort_by("item_id").combine_chunks()
     ids = table["item_id"].to_numpy(zero_copy_only=False)
     if (repeated := np.flatnonzero(ids[1:] == ids[:-1])).size:
         raise DataError(f"{dataset.uri}: item {ids[repeated[0]]!r} appears twice; rerun jobs/prepare_data.py with --force")
@@ -77,6 +77,12 @@ def load_catalog(dataset: Artifact) -> Catalog:
         prior_scores=_to_numpy(pc.fill_null(table["prior_score"], 0.0)),
         first_seen=table["first_seen"].cast(pa.timestamp("us")).to_numpy(zero_copy_only=False).astype("datetime64[us]"),
     )
+
+
+def with_large_text(table: pa.Table) -> pa.Table:
+    """The table with offsets of 64 bits in its text columns: Arrow sorts and takes at most two gigabytes of a column with the usual ones."""
+    fields = [one.with_type(pa.large_string()) if pa.types.is_string(one.type) else one for one in table.schema]
+    return table.cast(pa.schema(fields))
 
 
 def _to_numpy(column: Any) -> np.ndarray:

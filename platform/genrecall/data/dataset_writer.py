@@ -67,13 +67,13 @@ class DatasetWriter:
             table = read_parquet(file)
             splits = self._splits_of(table)
             rows = read_parquet(f"{self.folder}/events/{file.rsplit('/', 1)[1]}")
-            owner = splits[rows["_request"].to_numpy()]
+            owner = rows["_request"].to_numpy()
             for number in range(len(SPLITS)):
                 keep = splits == number
                 if number == TEST and threshold is not None:
                     keep &= _sample_keys(table, self.seed) <= threshold
                 requests[number].write(table.select(REQUESTS.names).filter(pa.array(keep)))
-                events[number].write(rows.select(EVENTS.names).filter(pa.array(owner == number)))
+                events[number].write(rows.select(EVENTS.names).filter(pa.array(keep[owner])))
         return (
             {name: writer.close() for name, writer in zip(SPLITS, requests, strict=True)},
             {name: writer.close() for name, writer in zip(SPLITS, events, strict=True)},

@@ -6,7 +6,6 @@ what was put in the cart or bought. `times` are microseconds since 1970 UTC, or 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from genrecall.data.catalog import Catalog
+from genrecall.data.catalog import Catalog, with_large_text
 from genrecall.data.schema import REQUESTS, SPLITS, DataError
 from genrecall.storage import Artifact
 
 CLICK_WEIGHT = 1.0
 PURCHASE_WEIGHT = 2.0
+_FIRST_TIME = 10**14  # microseconds: in 1973, before any search log; beside later dates, what is below is a sequence number
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,21 @@ def load_requests(dataset: Artifact, split: str, catalog: Catalog) -> Requests:
     table = pq.read_table(dataset.file(f"requests/{split}"), schema=REQUESTS)
     times = pc.coalesce(table["timestamp"].cast(pa.int64()), table["sequence"])
     order = pc.sort_indices(pa.table({"time": times, "id": table["request_id"]}), sort_keys=[("time", "ascending"), ("id", "ascending")])
-    table = table.take(order).combine_chunks()
-    items = {name: _item_rows(table[name], catalog, f"{dataset.uri}/requests/{split}: {name}") for name in ("exposed", "clicked", "purchased", "history")}
-    grades = _flat(table["grades"])
+    # Lists of ids become lists of numbers where they are, and only their pieces are put in order: there may be more text than Arrow moves at once.
+    places = order.to_numpy()
+    items = {
+        name: _item_rows(table[name], places, catalog, f"{dataset.uri}/requests/{split}: {name}") for name in ("exposed", "clicked", "purchased", "history")
+    }
+    grades, offsets = _flat(table["grades"])
+    single = with_large_text(table.select(["request_id", "user_id", "query", "gender", "age_band"])).take(order)
     return Requests(
-        request_ids=table["request_id"].to_pylist(),
-        user_ids=table["user_id"].to_pylist(),
-        queries=table["query"].to_pylist(),
-        genders=table["gender"].to_pylist(),
-        age_bands=table["age_band"].to_pylist(),
+        request_ids=single["request_id"].to_pylist(),
+        user_ids=single["user_id"].to_pylist(),
+        queries=single["query"].to_pylist(),
+        genders=single["gender"].to_pylist(),
+        age_bands=single["age_band"].to_pylist(),
         times=np.asarray(times.take(order).to_numpy(), dtype=np.int64),
-        grades=_pieces(pc.fill_null(grades[0], np.float32("nan")).to_numpy(zero_copy_only=False).astype(np.float32, copy=False), grades[1]),
+        grades=_pieces(pc.fill_null(grades, np.float32("nan")).to_numpy().astype(np.float32, copy=False), offsets, places),
         **items,
     )
 
@@ -109,30 +113,33 @@ def known_at_split(catalog: Catalog, requests: Requests) -> np.ndarray:
     dated = ~np.isnat(catalog.first_seen)
     if not dated.any() or not len(requests):
         return np.ones(len(catalog), dtype=bool)
-    known = ~dated | (catalog.first_seen.astype("datetime64[us]").astype(np.int64) <= int(requests.times.max()))
+    seen, last = catalog.first_seen.astype("datetime64[us]").astype(np.int64), int(requests.times.max())
+    known = ~dated | (seen <= last)
     # Requests ordered by a sequence number instead of a time say nothing about dates.
-    return known if known.any() else np.ones(len(catalog), dtype=bool)
+    by_sequence = last < _FIRST_TIME <= int(seen[dated].max())
+    return known if known.any() and not by_sequence else np.ones(len(catalog), dtype=bool)
 
 
-def _item_rows(column: pa.ChunkedArray, catalog: Catalog, where: str) -> list[np.ndarray]:
+def _item_rows(column: pa.ChunkedArray, order: np.ndarray, catalog: Catalog, where: str) -> list[np.ndarray]:
     values, offsets = _flat(column)
     rows = catalog.rows_of(values)
     if (unknown := np.flatnonzero(rows < 0)).size:
         raise DataError(f"{where}: item {values[int(unknown[0])].as_py()!r} is not in the catalogue; rerun jobs/prepare_data.py with --force")
-    return _pieces(rows, offsets)
+    return _pieces(rows, offsets, order)
 
 
-def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+def _flat(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
     """The values of a list column end to end, and int64 [R + 1] offsets into them."""
     lengths = np.asarray(pc.list_value_length(column).to_numpy(), dtype=np.int64)
     values = pc.list_flatten(column)
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    return values.combine_chunks(), offsets
+    return values, offsets
 
 
-def _pieces(values: np.ndarray, offsets: np.ndarray) -> list[np.ndarray]:
-    return [values[start:end] for start, end in itertools.pairwise(offsets)]
+def _pieces(values: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> list[np.ndarray]:
+    """The pieces `values[offsets[i]:offsets[i + 1]]` for each i of `order`."""
+    return [values[start:end] for start, end in zip(offsets[order].tolist(), offsets[order + 1].tolist(), strict=True)]
 
 
 def flattened(lists: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,8 @@
 
 A shuffle through files: each reading task writes shards (Arrow IPC, one record batch per partition, partition = hash of the key),
 and the task of a partition reads its batch of every shard. Items are keyed by item id, users and events by shopper (by request
-where there is none), so a partition holds all there is about its shoppers. No task holds more than a shard or a partition, and what a
-task writes depends on its input alone, so a repeated task writes the same files again.
+where there is none), so a partition holds all there is about its shoppers. No task holds more than a shard or a partition, beside the ids of
+all items, which the tasks of one machine share; what a task writes depends on its input alone, so a repeated task writes the same files again.
 
 The functions are plain; `search_logs` runs them on Ray Data.
 """
@@ -30,6 +30,7 @@ from genrecall.data.validation import ORIGIN, SCHEMAS, RowRules, check_chunk, re
 SHOWN_BAD_ROWS = 5
 _TIME_SAMPLE = 5_000
 _REJECTED_AT_ONCE = 50_000
+_SHARD_BYTES = 512 << 20  # Arrow addresses two gigabytes of text in one piece
 UNDECIDED = -1
 
 
@@ -106,7 +107,7 @@ def read_and_partition(portion: Portion, work: Work) -> TaskReport:
 
     def flush(*, last: bool) -> None:
         nonlocal rejected_files
-        if sum(map(len, kept)) >= (1 if last else work.shard_rows):
+        if sum(map(len, kept)) >= (1 if last else work.shard_rows) or sum(one.nbytes for one in kept) >= _SHARD_BYTES:
             name = f"{work.folder}/shards/{portion.table}/{portion.number:07d}-{len(report.shards[portion.table]):05d}.arrow"
             _write_shard(
                 pa.concat_tables(kept),
@@ -161,7 +162,9 @@ def assemble_partition(partition: int, event_shards: Sequence[str], user_shards:
     report = TaskReport()
     users, rejected_users = _first_by_id(_read_partition(user_shards, partition, USERS), "users", "user_id", work.labels, report)
     events = _read_partition(event_shards, partition, EVENTS).sort_by([("_portion", "ascending"), ("_row", "ascending")])
-    known = pc.is_in(events["item_id"], value_set=known_items)
+    # Of a catalogue of millions only the ids asked for go into a table: one of all of them would cost every task a gigabyte.
+    asked = pc.is_in(known_items, value_set=pc.unique(events["item_id"]))
+    known = pc.is_in(events["item_id"], value_set=known_items.filter(asked))
     unknown = events.filter(pc.invert(known))
     events = events.filter(known)
     _write_rejected(

@@ -8,7 +8,7 @@ Pure numpy and Arrow on one partition, which must hold all events of each of its
 - Request ids are taken per shopper: one id logged under two shoppers gives two requests.
 - Repeated (request, item, action) rows count once, at their earliest time.
 - A shopper with more events or clicks on one day (UTC) than a person makes is a bot: all of that shopper's events go. Likewise
-  a request with more clicked items than `max_clicks_per_request`.
+  a request with more rows of clicks, carts and purchases than `max_clicks_per_request`. Both are counted before repeated rows go.
 - What was clicked or bought was also exposed, even if the log lacks the exposure.
 - History is what the shopper clicked or bought strictly before the request began, one entry per (request, item).
 

@@ -14,6 +14,8 @@ import pyarrow as pa
 ACTIONS = ("exposure", "click", "cart", "purchase")
 SPLITS = ("train", "validation", "test")
 
+MAX_ID_BYTES = 64  # of UTF-8; indexes keep ids at one width
+
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 ITEMS = pa.schema(

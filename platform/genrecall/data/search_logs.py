@@ -34,6 +34,7 @@ from genrecall.storage import Artifact, Draft, Stage, remove_tree
 
 ALGORITHM_VERSION = 2
 _MAX_PARTITIONS = 1_000
+_ITEMS_PER_PARTITION = 50_000  # however many events fit into memory: items have long texts, of which Arrow sorts two gigabytes at most
 _logger = logging.getLogger(__name__)
 
 
@@ -52,7 +53,7 @@ class PrepareDataConfig:
         history_length: items of a shopper's history that a request carries.
         max_user_events_per_day, max_user_clicks_per_day: a shopper above either on one UTC day is a bot. A person who looks at 250
             pages of 20 products in a day stays below the first.
-        max_clicks_per_request: a request with more clicked items is a bot's.
+        max_clicks_per_request: a request with more rows of clicks, carts and purchases, repeated ones included, is a bot's.
         future_tolerance_hours: how far a timestamp may lie ahead of this machine's clock.
         max_rejected_fraction: of the rows of one table; above it the job fails.
         events_per_partition: bounds memory; raise it together with the machines' memory when there are more than 1,000 times as many events.
@@ -217,7 +218,8 @@ class _Run:
 
     def _partitions(self, table: str) -> int:
         rows = sum(portion.estimated_rows for portion in self.portions if portion.table == table)
-        return min(max(math.ceil(rows / self.config.events_per_partition), 1), _MAX_PARTITIONS)
+        most = self.config.events_per_partition if table == "events" else min(self.config.events_per_partition, _ITEMS_PER_PARTITION)
+        return min(max(math.ceil(rows / most), 1), _MAX_PARTITIONS)
 
     def _run(self, name: str, task: Callable[[int], TaskReport], count: int) -> None:
         for report in run_tasks(name, task, count):

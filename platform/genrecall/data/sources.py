@@ -31,6 +31,7 @@ ADAPTERS = {
 }
 _STAGED_ROWS = 250_000
 _HASHED_BYTES = 256 << 20
+_MARKS = ("ETag", "mtime", "LastModified", "etag", "last_modified", "updated", "created")  # as the stores of fsspec call them
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,6 @@ def _origin(name: str, root: str, uris: list[str]) -> Artifact:
             with filesystem.open(path, "rb") as file:
                 entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         else:
-            entry["mark"] = str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))
+            entry["mark"] = str(next((info[name] for name in _MARKS if info.get(name)), None))
         files[uri.removeprefix(root).lstrip("/")] = entry
     return Artifact(root, Path(), {"kind": "source", "identity": name, "files": files})

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 from genrecall.data.schema import DataError
 
 CHUNK_ROWS = 32_768
+_CHUNK_BYTES = 64 << 20  # of JSON Lines, whose rows may be long
 _ROWS_PER_PORTION = 1_000_000
 _FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}
 _BYTES_PER_ROW = {"jsonl": 150, "csv": 80}  # for guessing how many rows a text file has
@@ -114,7 +114,9 @@ def read_portion(portion: Portion, columns: Sequence[str], text_columns: Sequenc
             yield from _read_jsonl(portion, columns, text_columns)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{portion.label}: truncated or damaged gzip ({error}); copy or export the file again") from error
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or portion.format != "parquet"):
+            raise  # of the disk or the store; Arrow's own, for pages that cannot be unpacked, have no number
         raise DataError(f"{portion.label}: cannot be read as {portion.format} ({_first_line(error)}); {_DAMAGED}") from error
 
 
@@ -180,7 +182,8 @@ def _read_parquet(portion: Portion, columns: Sequence[str]) -> Iterator[Chunk]:
 
 
 def _read_csv(portion: Portion, columns: Sequence[str]) -> Iterator[Chunk]:
-    skipped: list[pyarrow.csv.InvalidRow] = []
+    skipped: list[pyarrow.csv.InvalidRow] = []  # not handed on yet
+    ahead: list[int] = []  # their rows, as far as no batch has passed them
 
     def skip(row: pyarrow.csv.InvalidRow) -> str:
         skipped.append(row)
@@ -204,25 +207,28 @@ def _read_csv(portion: Portion, columns: Sequence[str]) -> Iterator[Chunk]:
             )
         except pa.ArrowInvalid as error:
             raise DataError(f"{portion.label}: cannot be read as CSV ({_first_line(error)})") from error
-        row, reported = 0, 0
+        row = 0
         for batch in reader:
             rows = np.empty(len(batch), dtype=np.int64)
             # The parser numbers a skipped line from 1 with the header as line 1; rows after it move down by one. It may have
             # read ahead of the batch it hands out, so a line further on waits for its batch.
-            position = 0
-            for place in sorted(one.number - 2 for one in skipped if one.number is not None and one.number - 2 >= row):
+            ahead = sorted([*ahead, *(one.number - 2 for one in skipped if one.number is not None)])
+            position, passed = 0, 0
+            for place in ahead:
                 if place - row > len(batch) - position:
                     break
                 count = place - row
                 rows[position : position + count] = np.arange(row, place)
-                position, row = position + count, place + 1
+                position, row, passed = position + count, place + 1, passed + 1
+            del ahead[:passed]
             rows[position:] = np.arange(row, row + len(batch) - position)
             row += len(batch) - position
-            yield Chunk(pa.Table.from_batches([batch]), rows, [_bad_csv_row(one) for one in skipped[reported:]])
-            reported = len(skipped)
-        if reported < len(skipped) or not row:
+            bad_rows = [_bad_csv_row(one) for one in skipped]
+            skipped.clear()
+            yield Chunk(pa.Table.from_batches([batch]), rows, bad_rows)
+        if skipped or not row:
             empty = pa.table({name: pa.array([], pa.binary()) for name in wanted})
-            yield Chunk(empty, np.zeros(0, dtype=np.int64), [_bad_csv_row(one) for one in skipped[reported:]])
+            yield Chunk(empty, np.zeros(0, dtype=np.int64), [_bad_csv_row(one) for one in skipped])
 
 
 def _csv_fields(head: bytes, label: str) -> Iterator[list[str]]:
@@ -260,9 +266,21 @@ def _read_jsonl(portion: Portion, columns: Sequence[str], text_columns: Sequence
     )
     with _opened(portion.uri) as file:
         first = 0
-        while lines := list(itertools.islice(file, CHUNK_ROWS)):
+        while lines := _next_lines(file):
+            if not first:
+                lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
             yield _json_chunk(lines, first, columns, options)
             first += len(lines)
+
+
+def _next_lines(file: IO[bytes]) -> list[bytes]:
+    """The next lines of a file, as many as fit into a chunk; none at its end."""
+    lines: list[bytes] = []
+    held = 0
+    while held < _CHUNK_BYTES and len(lines) < CHUNK_ROWS and (line := file.readline()):
+        lines.append(line)
+        held += len(line)
+    return lines
 
 
 def _json_chunk(lines: list[bytes], first: int, columns: Sequence[str], options: pyarrow.json.ParseOptions) -> Chunk:
@@ -277,7 +295,7 @@ def _json_chunk(lines: list[bytes], first: int, columns: Sequence[str], options:
             found = set(json.loads(lines[0]))
             wanted = [name for name in columns if name in table.column_names and (name in found or table[name].null_count < len(table))]
             return Chunk(table.select(wanted), np.arange(first, first + len(lines), dtype=np.int64), [])
-    records: list[dict[str, Any]] = []
+    records: list[dict[str, str | None]] = []
     rows: list[int] = []
     bad: list[BadRow] = []
     for row, line in enumerate(lines, start=first):
@@ -288,16 +306,22 @@ def _json_chunk(lines: list[bytes], first: int, columns: Sequence[str], options:
         except UnicodeDecodeError as error:
             bad.append(BadRow(row, "invalid_utf8", f"{error.reason} at byte {error.start}"))
             continue
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets in too many others
             bad.append(BadRow(row, "malformed_row", f"{error}: {line.decode(errors='replace')}"))
             continue
         if not isinstance(record, dict):
             bad.append(BadRow(row, "malformed_row", f"expected a JSON object, got {line.decode(errors='replace').strip()}"))
             continue
-        records.append(record)
+        texts = {name: _as_text(record[name]) for name in columns if name in record}
+        try:
+            "".join(filter(None, texts.values())).encode()
+        except UnicodeEncodeError:  # an escape such as \ud83d without its second half
+            bad.append(BadRow(row, "invalid_utf8", f"half a surrogate pair: {line.decode()}"))
+            continue
+        records.append(texts)
         rows.append(row)
     found = {name for record in records for name in record}
-    table = pa.table({name: pa.array([_as_text(record.get(name)) for record in records], pa.string()) for name in columns if name in found})
+    table = pa.table({name: pa.array([record.get(name) for record in records], pa.string()) for name in columns if name in found})
     return Chunk(table if table.num_columns else pa.table({"": pa.nulls(len(records))}), np.asarray(rows, dtype=np.int64), bad)
 
 

@@ -7,7 +7,10 @@ origin, so that "first" is well defined for duplicates and later rejections can 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,13 +20,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from genrecall.data.schema import ACTIONS, EVENTS, ITEMS, REJECTED, USERS, DataError
+from genrecall.data.schema import ACTIONS, EVENTS, ITEMS, MAX_ID_BYTES, REJECTED, USERS, DataError
 from genrecall.data.table_readers import BadRow, Chunk, Portion
 
 SCHEMAS = {"items": ITEMS, "events": EVENTS, "users": USERS}
 ORIGIN = [pa.field("_portion", pa.int32(), nullable=False), pa.field("_row", pa.int64(), nullable=False)]
 _REQUIRED = {"items": ("item_id", "title"), "events": ("query", "item_id", "action"), "users": ("user_id",)}
 _SHOWN_CHARACTERS = 200
+_DIGITS = re.compile(r"[+-]?[0-9]{1,20}")
 _HINTS = {
     "timestamp": "give a Parquet timestamp or ISO 8601 text such as 2026-03-01T12:00:00Z",
     "category_path": "give a list of strings, root first, or text with the levels joined by category_separator",
@@ -163,6 +167,9 @@ def _shown(value: Any) -> str:
 
 def _item_rules(columns: dict[str, pa.Array], check: _Check, rules: RowRules) -> dict[str, int]:
     _require_value(columns, "item_id", check)
+    # What `build_sid_index` could not keep is refused here, before anything is trained.
+    check.reject(_mask(pc.greater(pc.binary_length(columns["item_id"]), MAX_ID_BYTES)), "item_id", "id_too_long", columns["item_id"])
+    check.reject(_mask(pc.ends_with(columns["item_id"], "\0")), "item_id", "id_ends_in_zero_byte", columns["item_id"])
     columns["title"] = pc.fill_null(columns["title"], "")  # an item without text is kept: it may still be found by its category
     columns["brand"] = _empty_as_null(columns["brand"])
     columns["text"] = _empty_as_null(columns["text"])
@@ -222,8 +229,6 @@ def _without_empty_levels(paths: pa.Array) -> tuple[pa.Array, int]:
 
 def _coerce(found: pa.Array, wanted: pa.Field, portion: Portion, separator: str) -> tuple[pa.Array, np.ndarray | None, str]:
     """`found` as the wanted type, which rows do not fit (None: all do), and the reason for those."""
-    if isinstance(found, pa.DictionaryArray):
-        found = found.cast(found.type.value_type)
     kind, target = found.type, wanted.type
     if kind == target:
         return found, None, ""
@@ -245,6 +250,8 @@ def _coerce(found: pa.Array, wanted: pa.Field, portion: Portion, separator: str)
         return found.cast(target, safe=False), None, ""
     if pa.types.is_list(target) and (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _is_texts(kind.value_type):
         return found.cast(target), None, ""
+    if pa.types.is_list(target) and pa.types.is_list(kind) and pa.types.is_binary(kind.value_type):
+        return _decode_lists(found, target)
     if (pa.types.is_integer(target) or pa.types.is_floating(target)) and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         return _from_number(found, target)
     hint = _HINTS.get(
@@ -255,8 +262,18 @@ def _coerce(found: pa.Array, wanted: pa.Field, portion: Portion, separator: str)
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    """The column in one piece; as bytes where what calls itself text is not UTF-8, which Parquet does not check."""
     found = column.combine_chunks()
-    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    found = found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    if isinstance(found, pa.DictionaryArray):
+        found = found.cast(found.type.value_type)
+    try:
+        found.validate(full=True)
+    except pa.ArrowInvalid:
+        is_list = pa.types.is_list(found.type) or pa.types.is_large_list(found.type)
+        if _is_texts(found.type.value_type if is_list else found.type):
+            return found.cast(pa.list_(pa.binary()) if is_list else pa.binary())
+    return found
 
 
 def _is_texts(kind: pa.DataType) -> bool:
@@ -279,18 +296,46 @@ def _decode(found: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
         return pa.array(texts, pa.string()), bad
 
 
+def _decode_lists(found: pa.Array, target: pa.DataType) -> tuple[pa.Array, np.ndarray, str]:
+    """Lists of bytes as lists of text; those with a value that is not UTF-8 become null and are marked."""
+    texts: list[list[str | None] | None] = []
+    bad = np.zeros(len(found), dtype=bool)
+    for place, values in enumerate(found.to_pylist()):
+        try:
+            texts.append(None if values is None else [None if one is None else one.decode() for one in values])
+        except UnicodeDecodeError:
+            texts.append(None)
+            bad[place] = True
+    return pa.array(texts, target), bad, "invalid_utf8"
+
+
 def _from_text(found: pa.Array, target: pa.DataType, separator: str) -> tuple[pa.Array, np.ndarray | None, str]:
     if pa.types.is_list(target):
         return _paths_from_text(found, target, separator)
-    text = pd.Series(_empty_as_null(pc.utf8_trim_whitespace(found)).to_numpy(zero_copy_only=False), dtype=object)
+    trimmed = _empty_as_null(pc.utf8_trim_whitespace(found))
+    if pa.types.is_integer(target):
+        return _whole_numbers(trimmed, target)
+    text = pd.Series(trimmed.to_numpy(zero_copy_only=False), dtype=object)
     if pa.types.is_timestamp(target):
         times = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True)
         misfit = (times.isna() & text.notna()).to_numpy()
         return pa.array(times.astype("datetime64[us, UTC]")).cast(target), misfit, "wrong_type"
     numbers = pd.to_numeric(text, errors="coerce")
-    misfit = (numbers.isna() & text.notna()).to_numpy()
-    values, outside, _ = _from_number(pa.array(numbers, from_pandas=True), target)
-    return values, misfit if outside is None else misfit | outside, "wrong_type"
+    misfit = (numbers.isna() & text.notna() & (text.str.lower() != "nan")).to_numpy(dtype=bool)
+    return pa.array(numbers, from_pandas=True).cast(target, safe=False), misfit, "wrong_type"
+
+
+def _whole_numbers(text: pa.Array, target: pa.DataType) -> tuple[pa.Array, np.ndarray | None, str]:
+    """Integers in text to the last digit, which a float would lose beyond 2^53; a fraction of nought, such as 3.0, passes."""
+    with contextlib.suppress(pa.ArrowInvalid):
+        return text.cast(target), None, ""
+    limits = np.iinfo(target.to_pandas_dtype())
+    values: list[int | None] = []
+    for one in text.to_pylist():
+        number = math.nan if one is None else int(one) if _DIGITS.fullmatch(one) else float(pd.to_numeric(one, errors="coerce"))
+        values.append(int(number) if limits.min <= number <= limits.max and number == int(number) else None)
+    found = pa.array(values, target)
+    return found, _mask(pc.and_(pc.is_null(found), pc.is_valid(text))), "wrong_type"
 
 
 def _paths_from_text(found: pa.Array, target: pa.DataType, separator: str) -> tuple[pa.Array, np.ndarray | None, str]:
@@ -303,20 +348,26 @@ def _paths_from_text(found: pa.Array, target: pa.DataType, separator: str) -> tu
         if text is not None and text.startswith("["):
             try:
                 value = json.loads(text)
-            except json.JSONDecodeError:
+                "".join(filter(None, value)).encode()
+            except (ValueError, TypeError, RecursionError):  # no JSON, no list of strings, or half a surrogate pair
                 value = text
-            bad[place] = not isinstance(value, list) or not all(one is None or isinstance(one, str) for one in value)
+            bad[place] = not isinstance(value, list)
         paths.append(None if bad[place] else value)
     return pa.array(paths, target), bad, "wrong_type"
 
 
 def _from_number(found: pa.Array, target: pa.DataType) -> tuple[pa.Array, np.ndarray | None, str]:
-    try:
+    with contextlib.suppress(pa.ArrowInvalid):  # a fraction, or a number too big, where an integer belongs
         return found.cast(target, safe=not pa.types.is_floating(target)), None, ""
-    except pa.ArrowInvalid:  # a fraction, or a number too big, where an integer belongs
-        numbers = np.asarray(pc.fill_null(found.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False))
-        limits = np.iinfo(target.to_pandas_dtype())
-        absent = np.isnan(numbers)
-        fits = ~absent & (np.floor(numbers) == numbers) & (numbers >= limits.min) & (numbers < float(limits.max))
-        values = pa.array(np.where(fits, numbers, 0).astype(np.int64), mask=~fits).cast(target)
-        return values, ~fits & ~absent, "wrong_type"
+    limits = np.iinfo(target.to_pandas_dtype())
+    if pa.types.is_integer(found.type):
+        held = np.iinfo(found.type.to_pandas_dtype())
+        fits = pc.and_(
+            pc.greater_equal(found, pa.scalar(max(limits.min, held.min), found.type)), pc.less_equal(found, pa.scalar(min(limits.max, held.max), found.type))
+        )
+        return pc.if_else(fits, found, None).cast(target), _mask(pc.invert(fits)), "wrong_type"
+    numbers = np.asarray(pc.fill_null(found.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False))
+    absent = np.isnan(numbers)
+    whole = ~absent & (np.floor(numbers) == numbers) & (numbers >= limits.min) & (numbers < float(limits.max))
+    values = pa.array(np.where(whole, numbers, 0).astype(np.int64), mask=~whole).cast(target)
+    return values, ~whole & ~absent, "wrong_type"

@@ -11,7 +11,7 @@ on to the root: a third of a catalogue ends in codes that stand for whole depart
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,11 +70,18 @@ def choose_categories(category_paths: Sequence[Sequence[str]], *, min_items: int
                 break
 
     smallest_subtree_first = sorted((path for path, count in below.items() if count >= min_items), key=lambda path: (below[path], -len(path), path))
+    held_below: defaultdict[Path, set[Path]] = defaultdict(set)  # the members at or below each path
+    for path in members:
+        for depth in range(1, len(path) + 1):
+            held_below[path[:depth]].add(path)
     for root in smallest_subtree_first:  # so that none comes before a subtree of its own
         if len(members) <= max_categories:
             break
-        held = [path for path in members if path[: len(root)] == root]
+        held = set(held_below[root])
         if len(held) > 1:
             members[root] = sum(members.pop(path) for path in held)
+            for depth in range(1, len(root) + 1):
+                held_below[root[:depth]] -= held
+                held_below[root[:depth]].add(root)
     largest_first = sorted(members, key=lambda path: (-members[path], path))
     return Level1Categories(tuple(sorted(largest_first[: max(max_categories, 0)])))

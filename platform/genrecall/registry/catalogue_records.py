@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from genrecall.sid.item_ids import MAX_ID_BYTES
+from genrecall.data.schema import MAX_ID_BYTES
 
 SEAL = b',"crc32":"'
 """What the check of a line begins with; nowhere else in it, because quotes inside a text are escaped."""

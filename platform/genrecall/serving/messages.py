@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from genrecall.data.schema import MAX_ID_BYTES
 from genrecall.registry.catalogue_records import ItemRecord, id_problem
-from genrecall.sid.item_ids import MAX_ID_BYTES
 
 MAX_QUERY_CHARACTERS = 1000
 MAX_HISTORY = 200

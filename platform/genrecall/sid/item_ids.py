@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from genrecall.data.schema import MAX_ID_BYTES
+
 FILE = "item_ids.npy"
-MAX_ID_BYTES = 64
 _ROWS_AT_ONCE = 1 << 18
 
 IdArray: TypeAlias = pa.Array | pa.ChunkedArray | NDArray[Any]

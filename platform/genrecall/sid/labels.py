@@ -63,9 +63,9 @@ class SidLabels:
         of_sids: pa.ChunkedArray | None = None,
         capacity: int = 20_000,
     ) -> None:
-        self._titles, self._category_paths = titles, category_paths
+        self._titles, self._category_paths = _in_one_piece(titles), _in_one_piece(category_paths)
         self._index, self._table = index, table
-        self._of_sids = of_sids
+        self._of_sids = None if of_sids is None else _in_one_piece(of_sids)
         self._capacity = capacity
         self._kept: OrderedDict[tuple[int, int], PrefixLabel] = OrderedDict()
         self._lock = threading.Lock()
@@ -141,6 +141,11 @@ class SidLabels:
         rows = _spaced(0, len(self._titles), _CATALOGUE_SAMPLE)
         titles = self._titles.take(pa.array(rows, pa.int64())).to_pylist()
         return Counter(word for title in titles for word in _words(title)), len(titles)
+
+
+def _in_one_piece(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column in as few chunks as hold it: to take a few values of several chunks Arrow joins them all, every time."""
+    return pa.table({"": column}).combine_chunks().column(0)
 
 
 def _spaced(begin: int, end: int, most: int) -> np.ndarray:

@@ -42,6 +42,8 @@ def test_a_byte_order_mark_is_dropped_and_control_characters_stay(tmp_path: Path
         ("", "a.jsonl: is empty; expected one JSON object per line"),
         ('{"a": 1}\n{"a"', "a.jsonl: line 2: not JSON"),
         ('{"a": 1}\n[1]\n', "a.jsonl: line 2: expected a JSON object, got list"),
+        ('{"a": 1}\n{"a": ' + "1" * 5_000 + "}", "a.jsonl: line 2: not JSON .*digits"),
+        ('{"a": 1}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "a.jsonl: line 2: not JSON .*recursion"),
     ],
 )
 def test_broken_json_lines(tmp_path: Path, text: str, message: str) -> None:
@@ -50,7 +52,17 @@ def test_broken_json_lines(tmp_path: Path, text: str, message: str) -> None:
         list(read_json_lines(tmp_path / "a.jsonl"))
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "not JSON"), ("{", "not JSON"), ("[]", "expected one JSON object, got list")])
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"user_id": "smile \ud83d"}' + "\n" + r'{"user_id": "\ud83d\ude00"}' + "\n")
+    (chunk,) = to_chunks((record for _, record in read_json_lines(tmp_path / "a.jsonl")), USERS)
+    assert chunk["user_id"].to_pylist() == ["smile \ufffd", "\U0001f600"]
+    (tmp_path / "a.json").write_text(r'{"u": "\udc00"}')
+    assert read_json_object(tmp_path / "a.json") == {"u": "\ufffd"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "not JSON"), ("{", "not JSON"), ("[]", "expected one JSON object, got list"), ("1" * 5_000, "not JSON .*digits")]
+)
 def test_broken_json_object(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(SourceError, match=message):
@@ -61,6 +73,14 @@ def test_a_delimited_row_of_another_length_names_its_line(tmp_path: Path) -> Non
     (tmp_path / "a.csv").write_text('a,b\n"1\n1",2\n3\n')
     with pytest.raises(SourceError, match=r"a.csv: line 4: expected 2 fields, got 1"):
         list(read_delimited(tmp_path / "a.csv", ["a"]))
+
+
+def test_a_carriage_return_in_a_delimited_field_needs_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1,"x\ry"\n2,x\ry\n')
+    rows = read_delimited(tmp_path / "a.csv", ["b"])
+    assert next(rows)[1] == {"b": "x\ry"}
+    with pytest.raises(SourceError, match=r"a.csv: line 3: new-line character .*put the field into quotes"):
+        next(rows)
 
 
 def test_an_empty_delimited_file_is_an_error(tmp_path: Path) -> None:

@@ -56,8 +56,31 @@ def test_bulk_and_plain_files_give_the_same_events(tmp_path: Path, write: Any) -
         ("B", "click", 1),
         ("B", "exposure", 1),
     ]
-    assert {(e["action"], e["user_id"]) for e in events} == {("exposure", "c1"), ("click", "c1"), ("cart", "c1"), ("purchase", "u9")}
+    assert {(e["action"], e["user_id"]) for e in events} == {("exposure", "u9"), ("click", "u9"), ("cart", "u9"), ("purchase", "u9")}
     assert {(e["request_id"], e["query"]) for e in events} == {("q1", "red lamp")}
+
+
+def test_a_request_is_one_shoppers_whichever_of_its_documents_names_the_user(tmp_path: Path) -> None:
+    queries = [QUERY, {**QUERY, "query_id": "q2", "client_id": "c1"}]  # the standard's queries have no user_id
+    events = [
+        _event("click", "A"),
+        _event("purchase", "A", user_id="u9"),
+        _event("click", "B", client_id="c2"),  # another client under the same query id
+        _event("click", "A", query_id="q2"),  # the same client where no user is named
+        _event("click", "B", client_id=None),  # no client: that of the query
+    ]
+    folder = _bulk(tmp_path, queries, events)
+    found = {(e["request_id"], e["action"], e["item_id"], e["user_id"]) for e in _read(folder)}
+    assert found == {
+        *(("q1", "exposure", item, "u9") for item in "AB"),
+        ("q1", "click", "A", "u9"),
+        ("q1", "purchase", "A", "u9"),
+        ("q1", "click", "B", "c2"),
+        ("q1", "click", "B", "u9"),
+        *(("q2", "exposure", item, "c1") for item in "AB"),
+        ("q2", "click", "A", "c1"),
+    }
+    assert pa.concat_tables(ubi.read(folder).users)["user_id"].to_pylist() == ["c1", "c2", "u9"]
 
 
 def test_what_cannot_be_placed_is_counted_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

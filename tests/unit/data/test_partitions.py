@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from genrecall.data import partitions
 from genrecall.data.partitions import UNDECIDED, Work, assemble_partition, merge_items, read_and_partition, read_parquet, request_times
 from genrecall.data.request_assembly import AssemblyRules
-from genrecall.data.table_readers import find_portions
+from genrecall.data.search_logs import PrepareDataConfig, _Run
+from genrecall.data.sources import Source
+from genrecall.data.table_readers import Portion, find_portions
 from genrecall.data.validation import RowRules
+from genrecall.storage import Artifact
 
 START = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
@@ -108,3 +113,21 @@ def test_a_task_done_twice_writes_the_same_files(tmp_path: Path) -> None:
         read_and_partition(portion, work)
         contents.append({path: path.read_bytes() for path in (tmp_path / "work").rglob("*.arrow")})
     assert contents[0] == contents[1]
+
+
+def test_shards_are_bounded_in_bytes_as_well_as_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partitions, "_SHARD_BYTES", 100_000)
+    rows = [{"item_id": f"i{n:05d}", "title": "t" * 100} for n in range(100_000)]  # 11 MB, read in chunks of 32,768 rows
+    (portion,) = find_portions("items", save(tmp_path, "a.parquet", rows))
+    work = work_in(tmp_path, [portion.label], partitions=1, shard_rows=1_000_000)
+    report = read_and_partition(portion, work)
+    assert len(report.shards["items"]) == 4
+    assert merge_items(0, report.shards["items"], work).rows["items_kept"] == 100_000
+
+
+def test_items_are_spread_over_partitions_that_their_texts_fit_into(tmp_path: Path) -> None:
+    portions = (Portion("items", "i", "i", "parquet", 0, estimated_rows=1_000_000), Portion("events", "e", "e", "parquet", 1, estimated_rows=10_000_000))
+    source = Source("shop", Artifact("shop", tmp_path, {}), "real", None, portions=portions)
+    many, few = (PrepareDataConfig(source="canonical", events_per_partition=number) for number in (2_000_000, 20_000))
+    assert _Run(many, source, frozenset(), str(tmp_path)).work.partitions == {"items": 20, "events": 5}
+    assert _Run(few, source, frozenset(), str(tmp_path)).work.partitions == {"items": 50, "events": 500}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from genrecall.data import table_readers
 from genrecall.data.schema import EVENTS, DataError
 from genrecall.data.table_readers import CHUNK_ROWS, Chunk, find_portions, format_of, read_portion
 from genrecall.data.validation import text_columns
@@ -67,6 +68,30 @@ def test_jsonl_lines_that_are_not_objects_or_not_utf8_are_set_aside(tmp_path: Pa
     assert [(bad.row, bad.reason) for bad in chunk.bad_rows] == [(1, "malformed_row"), (2, "malformed_row"), (3, "invalid_utf8")]
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (rb'{"query": "half an emoji \ud83d", "item_id": "b"}', "invalid_utf8"),
+        (b'{"query": ' + b"1" * 5_000 + b"}", "malformed_row"),  # more digits than Python reads
+        (b'{"query": ' + b"[" * 3_000 + b"]" * 3_000 + b"}", "malformed_row"),
+    ],
+    ids=["surrogate", "digits", "depth"],
+)
+def test_a_jsonl_line_that_no_text_or_parser_can_hold_costs_its_row_only(tmp_path: Path, line: bytes, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"query": "q", "item_id": "a"}\n' + line + b"\n")
+    (chunk,) = read(tmp_path / "a.jsonl")
+    assert chunk.table["item_id"].to_pylist() == ["a"]  # also behind the mark that spreadsheets put first
+    assert [(bad.row, bad.reason) for bad in chunk.bad_rows] == [(1, reason)]
+
+
+def test_long_jsonl_rows_make_short_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_readers, "_CHUNK_BYTES", 1_000)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"query": "q" * 400, "item_id": str(number)}) + "\n" for number in range(7)))
+    chunks = read(tmp_path / "a.jsonl")
+    assert [len(chunk.table) for chunk in chunks] == [3, 3, 1]
+    assert np.concatenate([chunk.rows for chunk in chunks]).tolist() == list(range(7))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.parquet.gz"])
 def test_truncated_gzip_names_the_file(tmp_path: Path, name: str) -> None:
     rng = np.random.default_rng(0)
@@ -82,6 +107,15 @@ def test_damaged_parquet_names_the_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"query": ["q"] * 1000}), tmp_path / "a.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read as Parquet .*copy or export it again"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_parquet_page_that_cannot_be_unpacked_names_the_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": [str(number) for number in range(5_000)]}), tmp_path / "a.parquet", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[1_000:1_200] = bytes(200)
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet .*copy or export it again"):
         read(tmp_path / "a.parquet")
 
 

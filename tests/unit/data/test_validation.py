@@ -91,6 +91,47 @@ def test_bytes_that_are_not_utf8_cost_their_row_only() -> None:
     assert reasons(checked) == [(101, "query", "invalid_utf8")]
 
 
+def text_of(*values: bytes) -> pa.Array:
+    """Strings as a careless writer of Parquet leaves them: nothing says that the bytes are UTF-8."""
+    return pa.StringArray.from_buffers(len(values), *pa.array(values, pa.binary()).buffers()[1:])
+
+
+def test_text_that_is_not_utf8_costs_its_row_only() -> None:
+    checked = check("events", {**{name: [GOOD[name]] * 2 for name in GOOD}, "query": text_of(b"caf\xe9", b"tea")})
+    assert checked.table["query"].to_pylist() == ["tea"]
+    assert reasons(checked) == [(100, "query", "invalid_utf8")]
+    paths = pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), text_of(b"caf\xe9", b"food", b"tea"))
+    checked = check("items", {"item_id": ["a", "b"], "title": text_of(b"t", b"t").dictionary_encode(), "category_path": paths})
+    assert checked.table["category_path"].to_pylist() == [["food", "tea"]]
+    assert reasons(checked) == [(100, "category_path", "invalid_utf8")]
+
+
+def test_whole_numbers_in_text_keep_every_digit_and_those_out_of_range_cost_their_row_only() -> None:
+    big = 2**53 + 1  # the first that a float cannot hold
+    checked = check("events", {**{name: [GOOD[name]] * 4 for name in GOOD}, "sequence": [str(big), "", "3.0", "1.5"], "position": ["1", "2", "3", "4"]})
+    assert checked.table["sequence"].to_pylist() == [big, None, 3]
+    assert reasons(checked) == [(103, "sequence", "wrong_type")]
+    checked = events({"position": 7}, {"position": -(2**63)})
+    assert checked.table["position"].to_pylist() == [7]
+    assert reasons(checked) == [(101, "position", "wrong_type")]
+    sequences = pa.array([big, 2**63, None], pa.uint64())
+    checked = check("events", {**{name: [GOOD[name]] * 3 for name in GOOD}, "sequence": sequences})
+    assert checked.table["sequence"].to_pylist() == [big, None]
+    assert reasons(checked) == [(101, "sequence", "wrong_type")]
+
+
+def test_a_price_that_is_nan_is_unknown_in_text_too() -> None:
+    checked = check("items", {"item_id": ["a", "b", "c"], "title": ["t"] * 3, "price": ["NaN", "nan", "cheap"]})
+    assert checked.table["price"].to_pylist() == [None, None]
+    assert reasons(checked) == [(102, "price", "wrong_type")]
+
+
+def test_an_item_id_that_no_index_could_keep_is_rejected() -> None:
+    checked = check("items", {"item_id": ["a" * 64, "a" * 65, "é" * 33, "a\0"], "title": ["t"] * 4})
+    assert checked.table["item_id"].to_pylist() == ["a" * 64]
+    assert reasons(checked) == [(101, "item_id", "id_too_long"), (102, "item_id", "id_too_long"), (103, "item_id", "id_ends_in_zero_byte")]
+
+
 def test_category_paths_lose_empty_levels_and_items_without_text_stay() -> None:
     checked = check(
         "items", {"item_id": ["a", "b", "c"], "title": ["t", None, ""], "category_path": [["x", "", " y "], None, []], "price": [1.0, float("nan"), None]}
@@ -103,9 +144,11 @@ def test_category_paths_lose_empty_levels_and_items_without_text_stay() -> None:
 
 
 def test_category_paths_in_text_are_split_or_read_as_json() -> None:
-    checked = check("items", {"item_id": ["a", "b", "c", "d"], "title": ["t"] * 4, "category_path": ["x > y", '["p>q", "r"]', None, '["broken']})
+    checked = check(
+        "items", {"item_id": list("abcdef"), "title": ["t"] * 6, "category_path": ["x > y", '["p>q", "r"]', None, '["broken', "[7]", '["\\ud83d"]']}
+    )
     assert checked.table["category_path"].to_pylist() == [["x", "y"], ["p>q", "r"], []]
-    assert reasons(checked) == [(103, "category_path", "wrong_type")]
+    assert reasons(checked) == [(103, "category_path", "wrong_type"), (104, "category_path", "wrong_type"), (105, "category_path", "wrong_type")]
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,21 @@ def test_never_more_than_allowed_and_every_category_has_enough_items(catalogue, 
     for item, code in zip(catalogue, chosen.codes_of(catalogue).tolist(), strict=True):
         longest = max((len(path) for path in chosen.paths if item[: len(path)] == path), default=0)
         assert (chosen.paths[code] == item[:longest]) if longest else code == -1
+
+
+@given(paths, st.integers(1, 3), st.integers(0, 8))
+def test_rolling_up_equals_looking_through_all_members_every_time(catalogue, min_items, most):
+    below = {item[:depth]: 0 for item in catalogue for depth in range(1, len(item) + 1)}
+    for path in below:
+        below[path] = sum(item[: len(path)] == path for item in catalogue)
+    members: dict[tuple[str, ...], int] = {}
+    for item in catalogue:
+        deepest = next((item[:depth] for depth in range(len(item), 0, -1) if below[item[:depth]] >= min_items), None)
+        if deepest is not None:
+            members[deepest] = members.get(deepest, 0) + 1
+    for root in sorted((path for path, count in below.items() if count >= min_items), key=lambda path: (below[path], -len(path), path)):
+        held = [path for path in members if path[: len(root)] == root]
+        if len(members) > most and len(held) > 1:
+            members[root] = sum(members.pop(path) for path in held)
+    expected = sorted(sorted(members, key=lambda path: (-members[path], path))[:most])
+    assert list(choose_categories(catalogue, min_items=min_items, max_categories=most).paths) == expected

@@ -104,3 +104,22 @@ def test_a_label_reads_a_bounded_sample(count):
     assert labels.path(0)[2].size == count
     assert {len(rows) for rows in looked} == {min(count, 128)}
     assert all(len(set(rows.tolist())) == len(rows) for rows in looked)
+
+
+def test_a_look_up_costs_the_same_however_many_chunks_the_labels_were_stored_in():
+    count = 20_000
+    tokens = np.stack([np.arange(count) // 100, np.arange(count) % 100, np.zeros(count, np.int64)], axis=1)
+    table = SidTable.from_item_tokens(SidSpace((200, 100, 3), ()), tokens.astype(np.int32))
+    index = SidIndex.build(table.item_sid, len(table), np.zeros(count))
+    titles = pa.chunked_array([pa.array([f"thing number {row}" for row in range(begin, begin + 1000)]) for begin in range(0, count, 1000)])
+    paths = pa.chunked_array([pa.array([["Things"]] * 1000)] * 20)
+    labels = SidLabels(titles, paths, index, table, of_sids=titles)
+    labels.path(0)  # counts the catalogue's words, once
+    usual, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        assert labels.made_before(np.array([19_999, 0])) == ["thing number 19999", "thing number 0"]
+        labels.path(5_000)
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < titles.nbytes / 20

@@ -86,8 +86,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
+            value = _json(line)
+        except (ValueError, RecursionError) as error:
             raise SourceError(f"{path}: line {number}: not JSON ({error}); the file may be cut off: fetch it again or remove the line") from error
         if not isinstance(value, dict):
             raise SourceError(f"{path}: line {number}: expected a JSON object, got {type(value).__name__}")
@@ -105,11 +105,21 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     text = "\n".join(line for _, line in read_lines(path))
     try:
-        value = json.loads(text)
+        value = _json(text)
     except json.JSONDecodeError as error:
         raise SourceError(f"{path}: line {error.lineno}: not JSON ({error.msg}); the file may be empty or cut off: fetch it again") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: not JSON that can be read ({error}); correct the file") from error
     if not isinstance(value, dict):
         raise SourceError(f"{path}: expected one JSON object, got {type(value).__name__}")
+    return value
+
+
+def _json(text: str) -> Any:
+    """A JSON value; half a surrogate pair in it, as of an emoji cut in two, becomes U+FFFD, for it is no text that can be stored."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     return value
 
 
@@ -128,19 +138,27 @@ def read_delimited(path: Path, columns: Sequence[str], *, delimiter: str = ",", 
 
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoting else csv.QUOTE_NONE)
-    header = next(reader, None)
+    rows = _csv_rows(reader, path)
+    header = next(rows, None)
     if header is None:
         raise SourceError(f"{path}: is empty; expected a header line with {', '.join(columns)}")
     absent = [name for name in columns if name not in header]
     if absent:
         raise SourceError(f"{path}: line 1: missing column {', '.join(map(repr, absent))}; found {', '.join(header)}; add it to the file's header")
     places = [header.index(name) for name in columns]
-    for fields in reader:
+    for fields in rows:
         if not fields:
             continue
         if len(fields) != len(header):
             raise SourceError(f"{path}: line {line_number}: expected {len(header)} fields, got {len(fields)}; the file may be cut off or quoted differently")
         yield line_number, {name: fields[place] for name, place in zip(columns, places, strict=True)}
+
+
+def _csv_rows(reader: Any, path: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:  # such as a carriage return in a field without quotes
+        raise SourceError(f"{path}: line {reader.line_num}: {error}; correct the row or put the field into quotes") from error
 
 
 def field_of(record: Mapping[str, Any], name: str, path: Path, line: int) -> Any:

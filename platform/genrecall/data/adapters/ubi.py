@@ -8,8 +8,9 @@ canonical items table; without it items are derived from the object ids seen (ti
 How it is read: the request is `query_id`; its text comes from `ubi_queries`, else from the event's `user_query`, else from the
 message of a search event of the same id. `query_response_hit_ids` and impressions are exposures; other action names map by
 `ACTIONS` (give your own mapping for your own names). `position.ordinal` is taken as it is. The shopper is `user_id`, else
-`client_id`. Events without query id, object id or a mapped action are left out, and counted in a log line. The text of every query
-id is held in memory (about 300 bytes a query); the events are streamed.
+`client_id`; queries have no `user_id` in the standard, so that a client's whole request goes to the user whom any of its documents names. Events
+without query id, object id or a mapped action are left out, and counted in a log line. The text of every query id is held in memory (about 300
+bytes a query, 500 where a user is named); the events are streamed.
 """
 
 from __future__ import annotations
@@ -61,6 +62,19 @@ class _Query:
     time: datetime.datetime | None
 
 
+@dataclass(frozen=True)
+class _Log:
+    """What is known of a log before its events are streamed: queries by query id, and users by query id and client id where a document names both."""
+
+    queries: Mapping[str, _Query]
+    users: Mapping[tuple[str, str], str]
+
+    def shopper(self, record: Mapping[str, Any]) -> str | None:
+        """The shopper of a document, as its whole request has it."""
+        found = _shopper(record)
+        return None if found is None else self.users.get((str(record.get("query_id") or ""), found), found)
+
+
 def read(root: Path, *, seed: int = 0, actions: Mapping[str, str] = ACTIONS) -> RawTables:
     """Read a folder of UBI files.
 
@@ -78,11 +92,11 @@ def read(root: Path, *, seed: int = 0, actions: Mapping[str, str] = ACTIONS) -> 
         raise SourceError(f"actions: expected one of {', '.join(CANONICAL_ACTIONS)}, got {wrong}")
     files = _log_files(root)
     products = next((path for name in ("products.jsonl", "products.jsonl.gz") if (path := root / name).is_file()), None)
-    queries = _read_queries(files)
+    log = _read_queries(files)
     return RawTables(
         items=Chunks(lambda: to_chunks(_items(products) if products else _derived_items(files, actions), ITEMS)),
-        users=Chunks(lambda: to_chunks(_users(files, queries, actions), USERS)),
-        events=Chunks(lambda: to_chunks(_events(files, queries, actions), EVENTS)),
+        users=Chunks(lambda: to_chunks(_users(files, log, actions), USERS)),
+        events=Chunks(lambda: to_chunks(_events(files, log, actions), EVENTS)),
         query_kind="real",
         split="time",
     )
@@ -124,27 +138,30 @@ def _kind_by_content(record: Mapping[str, Any]) -> str:
     return "events" if "action_name" in record else "queries" if "user_query" in record else "other"
 
 
-def _read_queries(files: list[Path]) -> dict[str, _Query]:
-    """Text, shopper and time by query id: from ubi_queries, completed from search events."""
+def _read_queries(files: list[Path]) -> _Log:
+    """Text, shopper and time by query id, from ubi_queries, completed from search events; and the users behind clients."""
     queries: dict[str, _Query] = {}
     searched: dict[str, _Query] = {}
+    users: dict[tuple[str, str], str] = {}
     for kind, path, line, record in _documents(files):
         query_id = str(record.get("query_id") or "")
         if not query_id:
             continue
+        if record.get("user_id") and record.get("client_id"):
+            users.setdefault((query_id, str(record["client_id"])), str(record["user_id"]))
         if kind == "queries":
             text = str(field_of(record, "user_query", path, line) or "").strip()
             queries[query_id] = _Query(text, _shopper(record), _time(record, path, line))
         elif record.get("action_name") in SEARCH_ACTIONS and record.get("message"):
             searched[query_id] = _Query(str(record["message"]).strip(), _shopper(record), _time(record, path, line))
-    return {**searched, **queries}
+    return _Log({**searched, **queries}, users)
 
 
-def _events(files: list[Path], queries: Mapping[str, _Query], actions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _events(files: list[Path], log: _Log, actions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     left_out: Counter[str] = Counter()
     for kind, path, line, record in _documents(files):
         if kind == "queries":
-            yield from _hits(record, queries, path, line)
+            yield from _hits(record, log, path, line)
             continue
         name = str(field_of(record, "action_name", path, line))
         if name not in actions:
@@ -154,10 +171,10 @@ def _events(files: list[Path], queries: Mapping[str, _Query], actions: Mapping[s
         if not query_id or not item_id:
             left_out["no query id" if not query_id else f"{name} without object id"] += 1
             continue
-        query = queries.get(query_id)
+        query = log.queries.get(query_id)
         yield {
             "request_id": query_id,
-            "user_id": _shopper(record) or (query.user_id if query else None),
+            "user_id": log.shopper(record) or (log.users.get((query_id, query.user_id), query.user_id) if query and query.user_id else None),
             "timestamp": _time(record, path, line),
             "query": query.text if query else str(record.get("user_query") or "").strip(),
             "item_id": item_id,
@@ -168,18 +185,18 @@ def _events(files: list[Path], queries: Mapping[str, _Query], actions: Mapping[s
         _log.warning("UBI events left out: %s", ", ".join(f"{reason}: {count}" for reason, count in left_out.most_common()))
 
 
-def _hits(record: Mapping[str, Any], queries: Mapping[str, _Query], path: Path, line: int) -> Iterator[dict[str, Any]]:
+def _hits(record: Mapping[str, Any], log: _Log, path: Path, line: int) -> Iterator[dict[str, Any]]:
     hits = record.get("query_response_hit_ids") or []
     if not isinstance(hits, list):
         raise SourceError(f"{path}: line {line}, field 'query_response_hit_ids': expected a list of ids, got {type(hits).__name__}")
     query_id = str(record.get("query_id") or "")
     if not query_id:
         return
-    query = queries[query_id]
+    query, shopper = log.queries[query_id], log.shopper(record)
     for position, item_id in enumerate(hits):
         yield {
             "request_id": query_id,
-            "user_id": query.user_id,
+            "user_id": shopper,
             "timestamp": query.time,
             "query": query.text,
             "item_id": str(item_id),
@@ -241,9 +258,9 @@ def _wrong_field(path: Path, line: int, name: str, expected: str, value: Any) ->
     return SourceError(f"{path}: line {line}, field {name!r}: expected {expected}, got {json.dumps(value)[:100]}; correct or remove the field")
 
 
-def _users(files: list[Path], queries: Mapping[str, _Query], actions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    seen = {query.user_id for query in queries.values()}
-    seen |= {_shopper(record) for kind, _, _, record in _documents(files) if kind == "events" and record.get("action_name") in actions}
+def _users(files: list[Path], log: _Log, actions: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    seen: set[str | None] = {log.users.get((query_id, query.user_id), query.user_id) for query_id, query in log.queries.items() if query.user_id}
+    seen |= {log.shopper(record) for kind, _, _, record in _documents(files) if kind == "events" and record.get("action_name") in actions}
     for user_id in sorted(user for user in seen if user):
         yield {"user_id": user_id}
 
