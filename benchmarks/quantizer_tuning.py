@@ -8,7 +8,7 @@ alone is searched with. Settings are compared by clk@N and hit@items of validati
 
 All runs of a data set and seed share the home `GENRECALL_HOME/quality/DATASET/seedK/tuning/`, and dataset and encoder of the experiment `sids` where
 they are there. Run the command again after an interrupt: finished stages and measurements are not redone. Results go to
-`benchmarks/results/quantizer_tuning.json`, and as tables to standard output.
+`benchmarks/results/quantizer_tuning.json`, and as tables to `quantizer_tuning.md` beside it.
 """
 
 from __future__ import annotations
@@ -206,19 +206,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         for dataset in options.datasets if not options.collect_only else ():
             for seed in options.seeds:
                 run(dataset, seed, options.settings, where)
-        records = {dataset: collect(dataset, options.seeds, Path(where.home)) for dataset in options.datasets}
+        found = {dataset: collect(dataset, options.seeds, Path(where.home)) for dataset in options.datasets}
     except (ConfigError, CollectionError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; run the same command again to go on\n")
-    fresh = {dataset: found for dataset, found in records.items() if found}
+    fresh = {dataset: made for dataset, made in found.items() if made}
     if not fresh:
         raise SystemExit(f"nothing to collect under {where.home}/quality; run without --collect-only first")
     old = json.loads(options.output.read_text()) if options.output.exists() else []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(to_json(merged([record for found in fresh.values() for record in found], old, [(dataset, TABLE) for dataset in fresh])))
-    for dataset, found in fresh.items():
-        print(f"## {dataset}\n\n{markdown(found)}")
+    records = merged([record for made in fresh.values() for record in made], old, [(dataset, TABLE) for dataset in fresh])
+    options.output.write_text(to_json(records))
+    datasets = dict.fromkeys(record["dataset"] for record in records)
+    text = "\n".join(f"## {dataset}\n\n{markdown([record for record in records if record['dataset'] == dataset])}" for dataset in datasets)
+    options.output.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

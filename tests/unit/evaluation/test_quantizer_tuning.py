@@ -105,10 +105,11 @@ def test_collecting_keeps_other_data_sets_records(
     home = bench.home_of(tmp_path, "marketplace", 0) / "measured"
     write(home, "rqvae", [1, 0])
     write(home, "cqsid", [1, 1])
-    other = {"table": "quantizer_tuning", "dataset": "amazon_scientific", "row": "rqvae", "metric": "clk@1", "value": 0.1}
+    others = [one | {"dataset": "amazon_scientific"} for one in bench.collect("marketplace", [0], tmp_path)]
     output.parent.mkdir()
-    output.write_text(json.dumps([other]))
+    output.write_text(json.dumps(others))
     bench.main(["--collect-only", "--output", str(output)])
     records = json.loads(output.read_text())
-    assert [one for one in records if one["dataset"] != "marketplace"] == [other]
+    assert sorted(map(str, (one for one in records if one["dataset"] != "marketplace"))) == sorted(map(str, others))
+    assert "## amazon_scientific" in output.with_suffix(".md").read_text()
     assert "| cqsid over rqvae | +100.0% (" in capsys.readouterr().out
