@@ -71,7 +71,7 @@ DATA: Mapping[str, tuple[str, ...]] = {
     "tiny": (),
 }
 """What each data set changes in the recipe. Of the busy marketplace's 60,000 requests 27,000 train, 12,000 tune and 21,000 test. Its alignment is longer
-than that of the recipe, whose small marketplace has a third of the traffic: chosen on those 12,000 (`--tune`), between 150 steps of 48 requests and 300 of 96."""
+than that of the recipe, whose small marketplace has a quarter of the training requests: chosen on those 12,000 (`--tune`), between 150 steps of 48 requests and 300 of 96."""
 ROWS: Mapping[str, tuple[str, ...]] = {
     START: (),
     GUIDANCE: (),
