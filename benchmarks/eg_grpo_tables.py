@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from measurement import commits
-from paired_records import Columns, PairedRecords, Record, markdown_table, mean, merged, origin, require_equal, to_json
+from paired_records import Columns, PairedRecords, Record, markdown_table, mean, merged, origin, read_arrays, require_equal, to_json
 
 from genrecall.evaluation.ab_simulation import OUTCOMES
 
@@ -118,7 +118,7 @@ def read_measured(plan: Plan, homes: Mapping[str, Path]) -> tuple[Measured | Non
     if START not in rows or len(rows) < 2:
         return None, missing
     facts = {(cell, row): json.loads(files[cell, row].read_text()) for cell in homes for row in rows}
-    arrays = {f"{cell}: {row}": _load(files[cell, row].with_suffix(".npz")) for cell in homes for row in rows}
+    arrays = {f"{cell}: {row}": read_arrays(files[cell, row].with_suffix(".npz")) for cell in homes for row in rows}
     tune = " --tune" if plan.name == "tuning" else ""
 
     def fix(name: str) -> str:
@@ -131,7 +131,7 @@ def read_measured(plan: Plan, homes: Mapping[str, Path]) -> tuple[Measured | Non
     outcome: dict[str, Columns] = {}
     simulated = {(cell, row): files[cell, row].with_suffix(".outcome.npz") for cell in homes for row in OUTCOME_ROWS if row in rows}
     if simulated and all(file.exists() for file in simulated.values()):
-        played = {f"{cell}: {row}": _load(file) for (cell, row), file in simulated.items()}
+        played = {f"{cell}: {row}": read_arrays(file) for (cell, row), file in simulated.items()}
         require_equal({name: tuple(one["shopper"].tolist()) for name, one in played.items()}, "simulated other shoppers than", fix)
         outcome = {row: _stacked([played[f"{cell}: {row}"] for cell in homes], "shopper") for row in OUTCOME_ROWS if row in rows}
     times = [homes[cell] / "seconds.json" for cell in homes]
@@ -142,11 +142,6 @@ def read_measured(plan: Plan, homes: Mapping[str, Path]) -> tuple[Measured | Non
         outcome=outcome,
     )
     return seen, missing
-
-
-def _load(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
 
 
 def _stacked(files: Sequence[Mapping[str, np.ndarray]], key: str) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ Columns = Mapping[str, np.ndarray]
 
 class CollectionError(ValueError):
     """Measurements that do not belong together; the message says which cell to rerun."""
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz file by name."""
+    with np.load(file, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def require_equal(signatures: Mapping[str, Any], what: str, fix: Callable[[str], str]) -> None:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from grid import ROOT, copy_artifact, run_stages
 from measurement import commit, commits
-from paired_records import CollectionError, PairedRecords, Record, markdown_table, merged, origin, require_equal, to_json
+from paired_records import CollectionError, PairedRecords, Record, markdown_table, merged, origin, read_arrays, require_equal, to_json
 from quality import TASKS, Cell
 
 from genrecall.config import ConfigError, Places, apply_overrides, places
@@ -143,7 +143,7 @@ def collect(dataset: str, seeds: Sequence[int], root: Path) -> list[Record]:
     names = [name for name in SETTINGS if all((home / f"{name}.json").exists() for home in homes)]
     if BASE not in names:
         return []
-    arrays = {name: [_load(home / f"{name}.npz") for home in homes] for name in names}
+    arrays = {name: [read_arrays(home / f"{name}.npz") for home in homes] for name in names}
     facts = {name: [json.loads((home / f"{name}.json").read_text()) for home in homes] for name in names}
     ids = {f"{home / name}": tuple(one["request_id"].tolist()) for name in names for home, one in zip(homes, arrays[name], strict=True)}
     require_equal(ids, "measured other requests than", lambda name: f"delete {name}.json and run the command again")
@@ -164,11 +164,6 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     found += [(OURS, name) for name in names if SETTINGS[name].variant == BASE and name != BASE]
     found += [(name, base) for name in ours for base in (OURS, name.replace(OURS, BASE))]
     return [(name, base) for name, base in found if {name, base} <= set(names)]
-
-
-def _load(file: Path) -> dict[str, np.ndarray]:
-    with np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
 
 
 def markdown(records: Sequence[Record]) -> str:
