@@ -55,6 +55,7 @@ EXPERIMENTS = ("channels", "sids", "large")
 PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
 _LARGE = (
     "data.marketplace_size=large",
+    "quantizer.latent_dim=128",
     "quantizer.gamma=0.2",
     "generator.stage1.steps=400",
     "generator.stage2.steps=800",
@@ -67,6 +68,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "marketplace": (
             "data.marketplace_size=medium",
             "quantizer.level_sizes=[256,4,4]",
+            "quantizer.latent_dim=128",
             "quantizer.gamma=0.2",
             "generator.stage1.steps=200",
             "generator.stage2.steps=600",

@@ -3,7 +3,7 @@
     python benchmarks/quantizer_tuning.py [--datasets marketplace amazon_scientific] [--seeds 0] [--settings ...] [--collect-only]
 
 CQ-SID's gamma was chosen on validation requests; here RQ-VAE gets as many tries with what it has itself: learning rate, steps, commitment, width of the
-latents. What helps it is tried with CQ-SID too. Everything else is the experiment `sids` of quality.py: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
+latents. What helps it is tried with CQ-SID too, and was taken over by both in `sids`: latents of 128, where the settings below start from 64. Everything else is the experiment `sids` of quality.py: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
 alone is searched with. Settings are compared by clk@N and hit@items of validation requests, paired; the test requests are not read.
 
 All runs of a data set and seed share the home `GENRECALL_HOME/quality/DATASET/seedK/tuning/`, and dataset and encoder of the experiment `sids` where
@@ -44,22 +44,23 @@ from genrecall.tracking import use_tracking
 
 
 class Setting(NamedTuple):
-    """A variant of the SIDs and what it changes in the recipe's quantiser."""
+    """A variant of the SIDs and its quantiser's settings."""
 
     variant: str
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...]
 
 
 BASE, OURS = "rqvae", "cqsid"
+_START = ("quantizer.latent_dim=64",)
 SETTINGS: Mapping[str, Setting] = {
-    BASE: Setting("rqvae"),
-    "rqvae_rate0.0003": Setting("rqvae", ("quantizer.learning_rate=3e-4",)),
-    "rqvae_rate0.003": Setting("rqvae", ("quantizer.learning_rate=3e-3",)),
-    "rqvae_steps1800": Setting("rqvae", ("quantizer.steps=1800",)),
-    "rqvae_beta0.25": Setting("rqvae", ("quantizer.beta=0.25",)),
+    BASE: Setting("rqvae", _START),
+    "rqvae_rate0.0003": Setting("rqvae", (*_START, "quantizer.learning_rate=3e-4")),
+    "rqvae_rate0.003": Setting("rqvae", (*_START, "quantizer.learning_rate=3e-3")),
+    "rqvae_steps1800": Setting("rqvae", (*_START, "quantizer.steps=1800")),
+    "rqvae_beta0.25": Setting("rqvae", (*_START, "quantizer.beta=0.25")),
     "rqvae_latent32": Setting("rqvae", ("quantizer.latent_dim=32",)),
     "rqvae_latent128": Setting("rqvae", ("quantizer.latent_dim=128",)),
-    OURS: Setting("cqsid"),
+    OURS: Setting("cqsid", _START),
     "cqsid_latent128": Setting("cqsid", ("quantizer.latent_dim=128",)),
 }
 SHORTER = ("generator.stage3.steps=1", "generator.validation_requests=0")
