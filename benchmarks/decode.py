@@ -42,7 +42,7 @@ import transformers
 from measurement import ONE_NUMBER, clock, commit, interleaved, machine, quartiles, write_tables
 from torch import Tensor
 
-from genrecall.generator.beam_search import beam_search
+from genrecall.generator.beam_search import BeamResult, beam_search
 from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.examples import PromptBuilder
 from genrecall.generator.model import Decoder
@@ -83,6 +83,11 @@ class Answer:
 
     tokens: Tensor
     scores: Tensor
+
+    @classmethod
+    def of(cls, result: BeamResult) -> Answer:
+        """Our own answer."""
+        return cls(result.tokens, result.scores)
 
 
 def sid_tokens(kind: str, task: Task, rng: np.random.Generator) -> np.ndarray:
@@ -335,11 +340,11 @@ def compare(
     exact = beam_search(model, prompts, trie, beam_size=beam)
     if compiled:
         sides["ours_compiled"] = compiled_search(model, prompts, trie, beam)
-        require_equal("ours_compiled", Answer(*sides["ours_compiled"]()[1:]), Answer(*exact[1:]))
+        require_equal("ours_compiled", Answer.of(sides["ours_compiled"]()), Answer.of(exact))
     found = sides["ours"]()
-    require_equal("ours", Answer(*found[1:]), Answer(*exact[1:]))
+    require_equal("ours", Answer.of(found), Answer.of(exact))
     for name, side in others.items():
-        require_equal(f"{name}, {kind} trie, batch {len(prompts)}, beam {beam}", side(), Answer(*found[1:]))
+        require_equal(f"{name}, {kind} trie, batch {len(prompts)}, beam {beam}", side(), Answer.of(found))
     rows, scores = found.sid_rows.numpy(), found.scores.numpy()
     sides |= tower | {"expand": lambda: [retriever.expand(*one, None, 2_000) for one in zip(rows, scores, strict=True)]}
     for side in sides.values():

@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         ids = torch.from_numpy(rng.integers(0, config.text_vocab_size, (batch, prompt_tokens)))
         prompts = Prompts(ids, torch.full((batch,), prompt_tokens)).to(device)
         found, plain = graphs.search(prompts), beam_search(model, prompts, trie, beam_size=beam)
-        decode.require_equal(
-            f"batch {batch}", decode.Answer(found.tokens, found.scores), decode.Answer(plain.tokens, plain.scores), 1e-4 if dtype == torch.float32 else 1e-3
-        )
+        decode.require_equal(f"batch {batch}", decode.Answer.of(found), decode.Answer.of(plain), 1e-4 if dtype == torch.float32 else 1e-3)
         latencies = []
         end = time.perf_counter() + duration
         while not latencies or time.perf_counter() < end:

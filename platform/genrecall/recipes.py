@@ -143,6 +143,7 @@ def home_depot() -> Recipe:
         generator=GeneratorConfig(
             vocab_size=8192,
             guide_lexical=6.0,
+            guide_feedback=0.2,
             stage1=StageConfig(steps=100, batch_size=64, learning_rate=2e-3),
             stage2=StageConfig(steps=500, batch_size=64, learning_rate=2e-3),
         ),

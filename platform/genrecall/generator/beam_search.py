@@ -22,7 +22,7 @@ from genrecall.generator.guidance import Guide
 from genrecall.generator.model import Decoder, KeysValues, PromptState
 from genrecall.generator.prefix_masks import PrefixMasks, check_masks
 from genrecall.generator.prompts import Prompts
-from genrecall.generator.support import DecodingError, Support, check_support, guide_of_children, guide_of_prompts
+from genrecall.generator.support import DecodingError, Support, check_support, guide_of_children, guide_with_vectors
 from genrecall.sid.trie import Children, Trie
 
 
@@ -31,11 +31,13 @@ class BeamResult(NamedTuple):
 
     sid_rows: int32 [B, W], -1 where there are fewer SIDs than beams. tokens: int64 [B, W, 3], -1 there.
     scores: float32 [B, W], natural-log probability of the three tokens, -inf there.
+    query_vectors: float [B, d], after the guide's feedback; None without.
     """
 
     sid_rows: Tensor
     tokens: Tensor
     scores: Tensor
+    query_vectors: Tensor | None = None
 
 
 @torch.inference_mode()
@@ -61,7 +63,8 @@ def beam_search(model: Decoder, prompts: Prompts, trie: Trie, *, beam_size: int,
     if allowed is not None:
         check_masks(allowed, trie, len(prompts))
     state = model.prefill(prompts)
-    search = _Search(model, state, trie, support, allowed, guide_of_prompts(model, prompts, trie))
+    guide, query_vectors = guide_with_vectors(model, prompts, trie)
+    search = _Search(model, state, trie, support, allowed, guide)
 
     token1, score1 = search.first_level(beam_size)
     node, score2, parent2, token2, past = search.second_level(token1, score1, beam_size)
@@ -76,6 +79,7 @@ def beam_search(model: Decoder, prompts: Prompts, trie: Trie, *, beam_size: int,
         torch.nn.functional.pad(torch.where(alive, leaf, -1).int(), (0, missing), value=-1),
         torch.nn.functional.pad(torch.where(alive[..., None], tokens, -1), (0, 0, 0, missing), value=-1),
         torch.nn.functional.pad(score3, (0, missing), value=-math.inf),
+        query_vectors,
     )
 
 

@@ -21,6 +21,7 @@ class DecoderConfig:
         soft_prompt_tokens: tokens that vector becomes.
         guide_sharpness: t of the guidance, see `guidance.py`, which needs that vector; 0 for none.
         guide_lexical, guide_items, guide_entries: its weight of the query's words (0 for none), and the sizes of its lexicon.
+        guide_feedback: how far it moves the query's vector towards the items it finds first; 0 for not at all.
         max_positions: longest sequence, soft tokens and answer included.
     """
 
@@ -42,6 +43,7 @@ class DecoderConfig:
     guide_lexical: float = 0.0
     guide_items: int = 0
     guide_entries: int = 0
+    guide_feedback: float = 0.0
     max_positions: int = 512
 
     def problems(self) -> list[str]:
@@ -74,6 +76,8 @@ class DecoderConfig:
             found.append(f"guide_sharpness: must be 0 (no guidance) or more, got {self.guide_sharpness}")
         if self.guide_sharpness and not self.soft_prompt_dim:
             found.append("guide_sharpness: guidance needs the query encoder's vector; set soft_prompt_dim, or guide_sharpness=0")
+        if self.guide_feedback < 0 or (self.guide_feedback and not self.guide_sharpness):
+            found.append(f"guide_feedback: must be 0, or positive with guide_sharpness, got {self.guide_feedback}")
         if self.guide_lexical < 0 or (self.guide_lexical and not (self.guide_sharpness and self.guide_items)):
             found.append(f"guide_lexical: must be 0, or positive with guide_sharpness and a lexicon (guide_items, guide_entries), got {self.guide_lexical}")
         if min(self.level_sizes) < 0 or (min(self.level_sizes) == 0 and max(self.level_sizes) > 0):

@@ -10,7 +10,11 @@ h.W[c] + a_l * log g(c | prefix, q): decoder, encoder and words as a product of 
 the trie, exactly; training, which learns a_l too, moves it to where the clicks are. (A prefix's mean vector in place of the sum
 over its items loses a fifth of the recall.) Words are the decoder's own text tokens, so a prompt says all that is needed.
 
-Cost: one product [N, d] x [d, B] and a sparse one a batch. Only children of a prefix have a score, so the support is "trie".
+With feedback the vector is moved towards what it finds: m is the mean of the `FEEDBACK_ITEMS` best items' vectors, weighted by exp s(i), and s is taken again
+with (q + f * m / |m|) scaled to length 1. Items that lie near the best ones, in words the query does not have, are found then. Source: pseudo-relevance feedback in
+vector space (Rocchio 1971; for dense retrievers arXiv:2108.11044), weighted as in relevance models (Lavrenko & Croft 2001).
+
+Cost: one product [N, d] x [d, B] and a sparse one a batch; with feedback a second product and a top-k over N. Only children of a prefix have a score, so the support is "trie".
 
 Shapes: B prompts, L prompt tokens, N items (SID after SID, as in the trie), E (item, token) pairs, V text tokens, S SIDs, N2
 level-2 nodes, A1 level-1 alphabet, d encoder dimensions, m chosen items.
@@ -25,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from genrecall.sid.trie import Trie
 
@@ -35,6 +40,9 @@ _LEAST = 1e-30
 LARGEST_SPREAD = 69.0
 """What two items' scores may differ by, -log of `_LEAST`: 2 t + w at most, since cosines lie 2 apart at most. Settings beyond it are refused."""
 
+
+FEEDBACK_ITEMS = 40
+"""Best items whose vectors feedback reads, at most."""
 
 LEXICON_TOKENS = 128
 """Tokens of an item's text that its lexicon entry is made of, at most."""
@@ -77,6 +85,7 @@ class Guidance(nn.Module):
     Args:
         sharpness: t; an encoder trained at temperature T says 1 / T.
         lexical_weight: w; 0 leaves the words out.
+        feedback: f; 0 leaves the query vectors as they are.
         vocab_size, items, entries: V, N and E of the lexicon; 0 without it.
     """
 
@@ -84,10 +93,11 @@ class Guidance(nn.Module):
     item_tokens: Tensor
     token_idf: Tensor
 
-    def __init__(self, sharpness: float, *, lexical_weight: float = 0.0, vocab_size: int = 0, items: int = 0, entries: int = 0) -> None:
+    def __init__(self, sharpness: float, *, lexical_weight: float = 0.0, feedback: float = 0.0, vocab_size: int = 0, items: int = 0, entries: int = 0) -> None:
         super().__init__()
         self.sharpness = sharpness
         self.lexical_weight = lexical_weight
+        self.feedback = feedback
         self.level_weights = nn.Parameter(torch.ones(3))
         if lexical_weight:
             self.register_buffer("item_offsets", torch.zeros(items + 1, dtype=torch.int32))
@@ -102,18 +112,31 @@ class Guidance(nn.Module):
 
     def forward(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> Guide:
         """The guide of prompts: query vectors float [B, d], token ids int64 [B, L] and their lengths int64 [B]; `trie` holds the items' vectors."""
-        logs = log_guide(self._item_logits(query_vectors, token_ids, lengths, trie), trie)
-        first, second, third = (weight * log for weight, log in zip(self.level_weights, logs, strict=True))
-        return Guide(first, second, third)
+        return self.with_vectors(query_vectors, token_ids, lengths, trie)[0]
+
+    def with_vectors(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> tuple[Guide, Tensor | None]:
+        """The guide, and with feedback the query vectors float [B, d] that it comes from."""
+        logits, moved = self._item_logits(query_vectors, token_ids, lengths, trie)
+        first, second, third = (weight * log for weight, log in zip(self.level_weights, log_guide(logits, trie), strict=True))
+        return Guide(first, second, third), moved
 
     @torch.no_grad()
-    def _item_logits(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> Tensor:
-        """s float32 [N, B]: [N, B] takes half the time of [B, N], and sums run over rows."""
+    def _item_logits(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> tuple[Tensor, Tensor | None]:
+        """s float32 [N, B], which takes half the time of [B, N] and whose sums run over rows; and the query vectors after feedback."""
         vectors = trie.guide_vectors
-        logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T)
-        if not self.lexical_weight:
-            return logits
-        return logits + self.lexical_weight * (self._held_tokens() @ self._token_shares(token_ids, lengths).T)
+        words = self.lexical_weight * (self._held_tokens() @ self._token_shares(token_ids, lengths).T) if self.lexical_weight else 0.0
+        logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T) + words
+        if not self.feedback:
+            return logits, None
+        moved = self._moved(query_vectors, logits, vectors)
+        return self.sharpness * (vectors @ moved.to(vectors.dtype).T) + words, moved
+
+    def _moved(self, query_vectors: Tensor, logits: Tensor, vectors: Tensor) -> Tensor:
+        """Query vectors [B, d] moved towards the mean of the best items' vectors [N, d], given the items' logits [N, B]."""
+        best = logits.T.contiguous().topk(min(FEEDBACK_ITEMS, len(logits)), dim=1)
+        weights = best.values.softmax(dim=1)
+        mean = torch.bmm(weights[:, None].to(vectors.dtype), vectors[best.indices])[:, 0].to(query_vectors.dtype)
+        return normalize(query_vectors + self.feedback * normalize(mean, dim=1), dim=1)
 
     def _held_tokens(self) -> Tensor:
         """[N, V], 1 where an item holds a token, as a sparse matrix."""
@@ -133,7 +156,7 @@ class Guidance(nn.Module):
 
     @torch.no_grad()
     def logits_of_items(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, trie: Trie) -> Tensor:
-        """a_3 * s float32 [m] of the items at int64 [m] `positions`, for one query: its vector float [d] and its prompt's token ids int64 [L]."""
+        """a_3 * s float32 [m] of the items at int64 [m] `positions`, for one query: its vector float [d], after feedback, and its prompt's token ids int64 [L]."""
         assert trie.item_vectors is not None, "checked by check_support"
         words = (self.item_offsets, self.item_tokens) if self.lexical_weight else None
         return self._logits(query_vector, token_ids, positions, trie.item_vectors, words)

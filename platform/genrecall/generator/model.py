@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         self.guidance = None
         if config.guide_sharpness:
             lexicon = {"vocab_size": config.text_vocab_size, "items": config.guide_items, "entries": config.guide_entries}
-            self.guidance = Guidance(config.guide_sharpness, lexical_weight=config.guide_lexical, **lexicon)
+            self.guidance = Guidance(config.guide_sharpness, lexical_weight=config.guide_lexical, feedback=config.guide_feedback, **lexicon)
         e = config.head_size
         frequencies = config.rope_theta ** -(torch.arange(0, e, 2, dtype=torch.int64).float() / e)
         angles = (torch.arange(config.max_positions).float()[:, None] * frequencies)[:, None]

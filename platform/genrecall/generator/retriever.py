@@ -69,7 +69,7 @@ class GeneratedSids(NamedTuple):
     """The best SIDs of R requests.
 
     sid_rows: int32 [R, W], best first, -1 where there are fewer valid SIDs. scores: float32 [R, W], natural-log probabilities, -inf there.
-    prompts: R pairs of query vector float32 [d] and the prompt's token ids int64 [L], for `Retriever.expand`; None without query vectors.
+    prompts: R pairs of query vector float32 [d] (the guide's, where it has feedback) and the prompt's token ids int64 [L], for `Retriever.expand`; None without query vectors.
     """
 
     sid_rows: np.ndarray
@@ -222,8 +222,9 @@ class Retriever:
             width = found.sid_rows.shape[1]
             sid_rows[part, :width] = found.sid_rows.cpu().numpy()
             scores[part, :width] = found.scores.float().cpu().numpy()
-            if prompts.soft is not None:
-                read += [(vector, ids[:length]) for vector, ids, length in zip(prompts.soft, prompts.token_ids, prompts.lengths.tolist(), strict=True)]
+            vectors = prompts.soft if found.query_vectors is None else found.query_vectors.cpu()
+            if vectors is not None:
+                read += [(vector, ids[:length]) for vector, ids, length in zip(vectors, prompts.token_ids, prompts.lengths.tolist(), strict=True)]
         return GeneratedSids(sid_rows, scores, read or None)
 
     def recall(

@@ -84,7 +84,9 @@ class SearchGraphs:
         if prompts.soft is not None and recorded.prompts.soft is not None:
             recorded.prompts.soft.copy_(prompts.soft)
         recorded.graph.replay()
-        return BeamResult(*(part[:batch].clone() for part in recorded.result))
+        head = _head(recorded.result, batch)
+        vectors = head.query_vectors
+        return BeamResult(head.sid_rows.clone(), head.tokens.clone(), head.scores.clone(), None if vectors is None else vectors.clone())
 
     def _record(self, prompts: Prompts) -> _Recorded | None:
         kept = Prompts(prompts.token_ids.clone(), prompts.lengths.clone(), None if prompts.soft is None else prompts.soft.clone())
@@ -123,4 +125,5 @@ def _pad_masks(allowed: PrefixMasks, batch: int) -> PrefixMasks:
 
 
 def _head(result: BeamResult, batch: int) -> BeamResult:
-    return BeamResult(*(part[:batch] for part in result))
+    vectors = result.query_vectors
+    return BeamResult(result.sid_rows[:batch], result.tokens[:batch], result.scores[:batch], None if vectors is None else vectors[:batch])

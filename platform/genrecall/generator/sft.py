@@ -83,6 +83,7 @@ class GeneratorConfig:
         guided: let the encoder's own opinion of every prefix count too, see `guidance.py`. Without both the generator is the paper's.
         guide_sharpness, guide_lexical: by how much a cosine counts there (an encoder trained at temperature T says 1 / T), and the words that
             query and item share (0: not at all).
+        guide_feedback: how far a query's vector is moved there towards the items that it finds first (0: not at all).
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
         stage2_item_fraction: share of stage-2 examples that are stage 1's.
@@ -107,6 +108,7 @@ class GeneratorConfig:
     guided: bool = True
     guide_sharpness: float = 20.0
     guide_lexical: float = 4.0
+    guide_feedback: float = 0.0
     max_query_tokens: int = 24
     max_title_tokens: int = 32
     max_history: int = 8
@@ -154,15 +156,14 @@ class GeneratorConfig:
             found.append("guided: needs the query vectors that soft_prompt=true brings; set guided=false too")
         if self.guide_sharpness <= 0:
             found.append(f"guide_sharpness: must be positive, got {self.guide_sharpness}; guided=false switches guidance off")
-        if self.guide_lexical < 0:
-            found.append(f"guide_lexical: must not be negative, got {self.guide_lexical}")
+        found += [f"{name}: must not be negative, got {getattr(self, name)}" for name in ("guide_lexical", "guide_feedback") if getattr(self, name) < 0]
         if self.guided and 2 * self.guide_sharpness + self.guide_lexical > LARGEST_SPREAD:
             found.append(
                 f"guide_sharpness, guide_lexical: 2 * guide_sharpness + guide_lexical must be at most {LARGEST_SPREAD:g}, by which two items' scores may differ in single "
                 f"precision, got {self.guide_sharpness} and {self.guide_lexical}"
             )
         defaults = GeneratorConfig.__dataclass_fields__
-        idle = {"guided=false": () if self.guided else ("guide_sharpness", "guide_lexical")}
+        idle: dict[str, tuple[str, ...]] = {"guided=false": () if self.guided else ("guide_sharpness", "guide_lexical", "guide_feedback")}
         idle["soft_prompt=false"] = () if self.soft_prompt else ("soft_prompt_tokens", "query_vector_drop")
         found += [
             f"{name}: has no effect with {switch}; leave it out"
@@ -189,10 +190,10 @@ class GeneratorConfig:
         """The decoder's settings of the guidance; without a lexicon words do not count."""
         if not self.guided:
             return {}
+        found: dict[str, float] = {"guide_sharpness": self.guide_sharpness, "guide_feedback": self.guide_feedback}
         if lexicon is None or not self.guide_lexical:
-            return {"guide_sharpness": self.guide_sharpness}
-        sizes = {"guide_items": len(lexicon.item_offsets) - 1, "guide_entries": len(lexicon.item_tokens)}
-        return {"guide_sharpness": self.guide_sharpness, "guide_lexical": self.guide_lexical, **sizes}
+            return found
+        return found | {"guide_lexical": self.guide_lexical, "guide_items": len(lexicon.item_offsets) - 1, "guide_entries": len(lexicon.item_tokens)}
 
     def decoder_config(self, text_vocab_size: int, table: SidTable | None, soft_prompt_dim: int, lexicon: Lexicon | None = None) -> DecoderConfig:
         """The decoder trained from scratch (without SID levels where `table` is None)."""

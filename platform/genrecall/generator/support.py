@@ -67,13 +67,17 @@ def check_temperature(temperature: float) -> None:
 
 def guide_of_prompts(model: Decoder, prompts: Prompts, trie: Trie | None) -> Guide | None:
     """What encoder and words say of every prefix, where the decoder is guided; `check_support` has passed."""
+    return guide_with_vectors(model, prompts, trie)[0]
+
+
+def guide_with_vectors(model: Decoder, prompts: Prompts, trie: Trie | None) -> tuple[Guide | None, Tensor | None]:
+    """As `guide_of_prompts`, and the query vectors [B, d] after feedback where it has some."""
     if model.guidance is None:
-        return None
+        return None, None
     if prompts.soft is None:
         raise DecodingError("prompts: a guided decoder needs the query encoder's vectors; give soft [B, soft_prompt_dim]")
     assert trie is not None
-    guide: Guide = model.guidance(prompts.soft, prompts.token_ids, prompts.lengths, trie)
-    return guide
+    return model.guidance.with_vectors(prompts.soft, prompts.token_ids, prompts.lengths, trie)
 
 
 def guide_of_children(level: Tensor, children: Children) -> Tensor:

@@ -113,9 +113,9 @@ def requests() -> Requests:
 
 @pytest.fixture(scope="session")
 def untrained_retriever(catalog: Catalog, encoder: WordEncoder) -> Callable[..., Retriever]:
-    """Makes a retriever over SIDs of the first items, whose decoder has not been trained: guided with a `sharpness`, also by words with `lexical`."""
+    """Makes a retriever over SIDs of the first items, whose decoder has not been trained: guided with a `sharpness`, also by words with `lexical`, with `feedback`."""
 
-    def make(table: SidTable, priors: np.ndarray, *, sharpness: float, lexical: float = 0.0, counted: int = 50) -> Retriever:
+    def make(table: SidTable, priors: np.ndarray, *, sharpness: float, lexical: float = 0.0, feedback: float = 0.0, counted: int = 50) -> Retriever:
         """`counted`: items whose words tell how much a word says."""
         sizes = table.space.level_sizes
         index = SidIndex.build(table.item_sid, len(table), priors)
@@ -132,6 +132,7 @@ def untrained_retriever(catalog: Catalog, encoder: WordEncoder) -> Callable[...,
             soft_prompt_dim=encoder.dim,
             guide_sharpness=sharpness,
             guide_lexical=lexical,
+            guide_feedback=feedback,
             guide_items=len(index.item_rows) if lexical else 0,
             guide_entries=len(lexicon.item_tokens) if lexical else 0,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genrecall.generator.beam_search import beam_search
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.guidance import LARGEST_SPREAD, Guidance, Guide, Lexicon, log_guide
+from genrecall.generator.guidance import FEEDBACK_ITEMS, LARGEST_SPREAD, Guidance, Guide, Lexicon, log_guide
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.sid.trie import Trie
@@ -55,9 +55,9 @@ def some_lexicon(items: int, seed: int = 0) -> Lexicon:
     return lexicon_of([rng.integers(2, VOCAB, rng.integers(0, 6)).tolist() for _ in range(items)], counted=rng.random(items) < 0.7)
 
 
-def guided_by(lexicon: Lexicon, *, sharpness: float = 5.0, lexical_weight: float = 3.0, vocab_size: int = VOCAB) -> Guidance:
+def guided_by(lexicon: Lexicon, *, sharpness: float = 5.0, lexical_weight: float = 3.0, feedback: float = 0.0, vocab_size: int = VOCAB) -> Guidance:
     sizes = {"vocab_size": vocab_size, "items": len(lexicon.item_offsets) - 1, "entries": len(lexicon.item_tokens)}
-    guidance = Guidance(sharpness, lexical_weight=lexical_weight, **sizes)
+    guidance = Guidance(sharpness, lexical_weight=lexical_weight, feedback=feedback, **sizes)
     if lexical_weight:
         guidance.set_lexicon(lexicon)
     return guidance
@@ -81,6 +81,16 @@ def plain_logits(trie: Trie, vector: Tensor, sharpness: float, lexicon: Lexicon 
         held = asked & set(lexicon.item_tokens[ends[item] : ends[item + 1]].tolist())
         logits[item] += weight * sum(idf[token] for token in held) / total if total else 0.0
     return logits
+
+
+def moved_by_feedback(trie: Trie, vector: Tensor, logits: Sequence[float], feedback: float) -> list[float]:
+    """The query's vector after feedback: its best items' vectors, weighted by the softmax of their logits, are added at length `feedback`, and the sum is scaled to length 1."""
+    best = sorted(range(len(logits)), key=lambda item: -logits[item])[:FEEDBACK_ITEMS]
+    weights = {item: math.exp(logits[item] - logits[best[0]]) for item in best}
+    items = trie.item_vectors.tolist()
+    mean = [sum(weight * items[item][place] for item, weight in weights.items()) for place in range(DIM)]
+    moved = [one + feedback * other / math.hypot(*mean) for one, other in zip(vector.tolist(), mean, strict=True)]
+    return [one / math.hypot(*moved) for one in moved]
 
 
 def mass_of(trie: Trie, logits: Sequence[float]) -> list[float]:
@@ -149,16 +159,48 @@ def test_guidance_by_vectors_and_words_equals_a_plain_loop(seed: int, size: int,
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 1000), rows=prompt_rows, weight=st.sampled_from([0.0, 3.0]), positions=st.lists(st.integers(0, 13), max_size=20))
-def test_logits_of_chosen_items_are_those_of_the_whole_product(seed: int, rows: list[list[int]], weight: float, positions: list[int]) -> None:
+@given(seed=st.integers(0, 1000), size=st.integers(1, 36), rows=prompt_rows, weight=st.sampled_from([0.0, 3.0]), feedback=st.floats(0.05, 2.0))
+def test_guidance_with_feedback_equals_a_plain_loop(seed: int, size: int, rows: list[list[int]], weight: float, feedback: float) -> None:
+    trie, queries = some_trie(seed, size), some_vectors(2, seed)  # up to 144 items, so that often some are left out of the mean
+    lexicon = some_lexicon(len(trie.item_vectors), seed)
+    words = (lexicon, weight) if weight else (None, 0.0)
+    prompts = Prompts.from_rows(rows, queries)
+    guide, vectors = guided_by(lexicon, lexical_weight=weight, feedback=feedback).with_vectors(prompts.soft, prompts.token_ids, prompts.lengths, trie)
+    for row in range(2):
+        moved = moved_by_feedback(trie, queries[row], plain_logits(trie, queries[row], 5.0, *words, rows[row]), feedback)
+        assert vectors[row].tolist() == pytest.approx(moved, abs=1e-5)
+        assert_is_guide_of(guide, row, plain_logits(trie, torch.tensor(moved), 5.0, *words, rows[row]), trie)
+
+
+def test_feedback_finds_what_lies_beside_the_best_items() -> None:
+    # At t = 20 the query's nearest item has nearly all the weight: the one beside it comes before the one that is as near to the query on the other side.
+    angles = np.array([0.3, 0.9, -0.8])
+    trie = Trie.from_tokens(np.array([[0, 0, 0], [1, 0, 0], [2, 0, 0]], dtype=np.int32), SIZES).with_items(
+        np.stack([np.cos(angles), np.sin(angles)], axis=1), np.arange(4)
+    )
+    query = torch.tensor([[1.0, 0.0]])
+    plain, fed = (guide_of(Guidance(20.0, feedback=feedback), [[2]], query, trie) for feedback in (0.0, 0.5))
+    assert plain.level1[0, :3].argsort(descending=True).tolist() == [0, 2, 1]
+    assert fed.level1[0, :3].argsort(descending=True).tolist() == [0, 1, 2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    rows=prompt_rows,
+    weight=st.sampled_from([0.0, 3.0]),
+    feedback=st.sampled_from([0.0, 0.4]),
+    positions=st.lists(st.integers(0, 13), max_size=20),
+)
+def test_logits_of_chosen_items_are_those_of_the_whole_product(seed: int, rows: list[list[int]], weight: float, feedback: float, positions: list[int]) -> None:
     trie, prompts = some_trie(seed), Prompts.from_rows(rows, some_vectors(2, seed))
-    guidance = guided_by(some_lexicon(len(trie.item_vectors), seed), lexical_weight=weight)
+    guidance = guided_by(some_lexicon(len(trie.item_vectors), seed), lexical_weight=weight, feedback=feedback)
     with torch.no_grad():
         guidance.level_weights.copy_(torch.tensor([9.0, 9.0, 0.5]))
-    whole = guidance._item_logits(prompts.soft, prompts.token_ids, prompts.lengths, trie)
+    whole, moved = guidance._item_logits(prompts.soft, prompts.token_ids, prompts.lengths, trie)
     chosen = torch.tensor(positions, dtype=torch.int64)
     for row in range(2):
-        found = guidance.logits_of_items(prompts.soft[row], torch.tensor(rows[row]), chosen, trie)
+        found = guidance.logits_of_items((prompts.soft if moved is None else moved)[row], torch.tensor(rows[row]), chosen, trie)
         torch.testing.assert_close(found, 0.5 * whole[chosen, row])
 
 
@@ -242,7 +284,7 @@ def test_a_query_is_guided_the_same_in_any_batch() -> None:
     trie = some_trie()
     item = trie.guide_vectors[:1]
     far = torch.linalg.svd(item).Vh[1:2]  # at a right angle to that item: beside it, its own weights must not vanish
-    guidance = guided_by(some_lexicon(len(trie.item_vectors)), sharpness=500.0)
+    guidance = guided_by(some_lexicon(len(trie.item_vectors)), sharpness=500.0, feedback=0.3)
     alone = guide_of(guidance, [[2, 3]], far, trie)
     together = guide_of(guidance, [[2, 3], [4, 5, 6, 7]], torch.cat((far, item)), trie)
     for one, both in zip(alone, together, strict=True):

@@ -364,6 +364,8 @@ def test_pairs_that_were_trained_apart_are_refused(tmp_path: Path) -> None:
             {"soft_prompt_dim": 0, "guide_sharpness": 1.0},
             "guide_sharpness: guidance needs the query encoder's vector; set soft_prompt_dim, or guide_sharpness=0",
         ),
+        ({**WORDS, "guide_feedback": -0.1}, "guide_feedback: must be 0, or positive with guide_sharpness, got -0.1"),
+        ({"guide_feedback": 0.2}, "guide_feedback: must be 0, or positive with guide_sharpness, got 0.2"),
         ({**WORDS, "guide_lexical": -1.0}, "guide_lexical: must be 0, or positive with guide_sharpness and a lexicon .*, got -1.0"),
         ({**WORDS, "guide_sharpness": 0.0}, "guide_lexical: must be 0, or positive with guide_sharpness and a lexicon .*, got 2.5"),
         ({**WORDS, "guide_items": 0, "guide_entries": 0}, r"with guide_sharpness and a lexicon \(guide_items, guide_entries\), got 2.5"),

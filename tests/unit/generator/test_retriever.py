@@ -44,6 +44,12 @@ def worded(make_retriever) -> Retriever:
     return make_retriever(sharpness=8.0, lexical=3.0)
 
 
+@pytest.fixture
+def fed(make_retriever) -> Retriever:
+    """By the encoder and the query's words, with feedback."""
+    return make_retriever(sharpness=8.0, lexical=3.0, feedback=0.4)
+
+
 def ask(retriever: Retriever, query: str, gender: str | None = None, history: np.ndarray = NO_HISTORY, **settings):
     return retriever.recall([query], [gender], [None], [history], **{"beam_size": 10, "limit": 100, **settings})[0]
 
@@ -147,13 +153,16 @@ def words_of(retriever: Retriever, catalog, text: str) -> list[float]:
     return [retriever.model.guidance.lexical_weight * sum(idf[token] for token in held if token in idf) / sum(idf.values()) for held in tokens[1:]]
 
 
-@pytest.mark.parametrize("name", ["guided", "worded"])
+@pytest.mark.parametrize("name", ["guided", "worded", "fed"])
 def test_a_guided_items_score_is_its_sids_plus_its_share_of_the_sid(name, request, catalog):
     guided = request.getfixturevalue(name)
     found = guided.generate(["red lamp"], ["f"], [None], [np.array([3], np.int32)], beam_size=25)
     answer = guided.expand(*found.of(0), 100)
     words = words_of(guided, catalog, "red lamp")
-    assert (max(words) > min(words)) == (name == "worded")
+    assert (max(words) > min(words)) == (name != "guided")
+    assert np.allclose(found.prompts[0][0], guided.encoder.encode_queries(["red lamp"])[0]) == (
+        name != "fed"
+    )  # items are ordered by the vector that found their SIDs
     expected = []
     for sid, score in zip(found.sid_rows[0].tolist(), found.scores[0].tolist(), strict=True):
         start, end = guided.trie.item_offsets[sid : sid + 2].tolist()
@@ -170,7 +179,7 @@ def test_a_guided_items_score_is_its_sids_plus_its_share_of_the_sid(name, reques
     assert (np.diff(answer.scores) <= 0).all()
 
 
-@pytest.mark.parametrize("name", ["guided", "worded"])
+@pytest.mark.parametrize("name", ["guided", "worded", "fed"])
 def test_probabilities_of_a_sids_items_add_to_the_sids(name, request):
     guided = request.getfixturevalue(name)
     found = guided.generate(["blue carpet"], [None], [None], [NO_HISTORY], beam_size=25)
@@ -205,7 +214,7 @@ def test_a_large_sids_best_item_may_come_before_a_small_sids(guided):
     assert np.exp(answer.scores).tolist() == pytest.approx([0.3, 0.25, 0.25, 0.1])
 
 
-@pytest.mark.parametrize("name", ["guided", "worded"])
+@pytest.mark.parametrize("name", ["guided", "worded", "fed"])
 def test_a_guided_answer_is_cut_after_ordering(name, request):
     guided = request.getfixturevalue(name)
     found = guided.generate(["red lamp"], [None], [None], [NO_HISTORY], beam_size=40).of(0)

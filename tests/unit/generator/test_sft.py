@@ -215,6 +215,11 @@ def test_guidance_is_part_of_the_settings(table):
         with pytest.raises(ConfigError, match=f"{setting.split('=')[0]}: has no effect with soft_prompt=false; leave it out"):
             apply_overrides(GeneratorConfig(), ["guided=false", "soft_prompt=false", setting])
         assert apply_overrides(GeneratorConfig(), ["guided=false", setting]) != GeneratorConfig(guided=False)
+    assert dataclasses.replace(CONFIG, guide_feedback=0.2).decoder_config(600, table, 16).guide_feedback == 0.2
+    with pytest.raises(ConfigError, match=r"guide_feedback: must not be negative, got -0\.1"):
+        apply_overrides(GeneratorConfig(), ["guide_feedback=-0.1"])
+    with pytest.raises(ConfigError, match="guide_feedback: has no effect with guided=false; leave it out"):
+        apply_overrides(GeneratorConfig(), ["guide_feedback=0.2", "guided=false"])
     with pytest.raises(ConfigError, match=r"guide_lexical: must not be negative, got -1\.0"):
         apply_overrides(GeneratorConfig(), ["guide_lexical=-1.0"])
     with pytest.raises(ConfigError, match="guide_lexical: has no effect with guided=false; leave it out"):
