@@ -45,10 +45,11 @@ def test_settings_are_the_tables_but_for_the_latents_and_one_setting_of_the_quan
     assert replace(base.generator, stage3=sids.generator.stage3, validation_requests=sids.generator.validation_requests) == sids.generator
 
 
-def test_the_marketplaces_tables_have_the_latents_that_won(bench: ModuleType) -> None:
-    sids = sys.modules["quality"].apply_overrides(sys.modules["quality"].RECIPES["marketplace"](), bench.Cell("marketplace", 0, "sids").overrides())
+@pytest.mark.parametrize("dataset", ["marketplace", "amazon_scientific"])
+def test_the_tables_have_the_latents_that_won(bench: ModuleType, dataset: str) -> None:
+    sids = sys.modules["quality"].apply_overrides(sys.modules["quality"].RECIPES[dataset](), bench.Cell(dataset, 0, "sids").overrides())
     for variant in ("rqvae", "cqsid"):
-        assert line(bench, f"{variant}_latent128").recipe.quantizer_of(variant) == sids.quantizer_of(variant)
+        assert line(bench, f"{variant}_latent128", dataset).recipe.quantizer_of(variant) == sids.quantizer_of(variant)
 
 
 def test_a_setting_has_a_folder_of_its_own_and_shares_data_and_encoder(bench: ModuleType) -> None:
