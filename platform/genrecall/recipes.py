@@ -142,7 +142,8 @@ def home_depot() -> Recipe:
         quantizer=QuantizerConfig(level_sizes=(256, 32, 32), use_category=False, steps=1000),
         generator=GeneratorConfig(
             vocab_size=8192,
-            guide_lexical=6.0,
+            guide_lexical=8.0,
+            guide_stemmer="english",
             guide_feedback=0.2,
             stage1=StageConfig(steps=100, batch_size=64, learning_rate=2e-3),
             stage2=StageConfig(steps=500, batch_size=64, learning_rate=2e-3),

@@ -8,7 +8,8 @@ frozen encoder knows where a query lies among the items, and its words which ite
 and with g(i | q) ~ exp s(i) they score SIDs and prefixes: the mass of the items below. A level's logit becomes
 h.W[c] + a_l * log g(c | prefix, q): decoder, encoder and words as a product of experts (Hinton 2002). With W at zero it is retrieval by s down
 the trie, exactly; training, which learns a_l too, moves it to where the clicks are. (A prefix's mean vector in place of the sum
-over its items loses a fifth of the recall.) Words are the decoder's own text tokens, so a prompt says all that is needed.
+over its items loses a fifth of the recall.) Words are the decoder's own text tokens, so a prompt says all that is needed; those of one stem may count as
+one (`token_stems.py`).
 
 With feedback the vector is moved towards what it finds: m is the mean of the `FEEDBACK_ITEMS` best items' vectors, weighted by exp s(i), and s is taken again
 with (q + f * m / |m|) scaled to length 1. Items that lie near the best ones, in words the query does not have, are found then. Source: pseudo-relevance feedback in
@@ -60,22 +61,33 @@ class Lexicon(NamedTuple):
     """Which text tokens each item holds, and what a token is worth.
 
     item_offsets: int32 [N + 1]. item_tokens: int32 [E], distinct within an item, ascending. token_idf: float32 [V], 0 for a token that no item holds.
+    token_stems: int32 [V], the token that each one counts as; the rest is in terms of those.
     """
 
     item_offsets: Tensor
     item_tokens: Tensor
     token_idf: Tensor
+    token_stems: Tensor
 
     @classmethod
-    def build(cls, ids: NDArray[np.integer], offsets: NDArray[np.integer], vocab_size: int, counted: NDArray[np.bool_]) -> Lexicon:
-        """From the token ids of N items' texts, one after the other, `offsets` [N + 1]; frequencies are those of the items `counted` [N]."""
+    def build(
+        cls,
+        ids: NDArray[np.integer],
+        offsets: NDArray[np.integer],
+        vocab_size: int,
+        counted: NDArray[np.bool_],
+        stems: NDArray[np.int32] | None = None,
+    ) -> Lexicon:
+        """From the token ids of N items' texts, one after the other, `offsets` [N + 1]; frequencies are those of the items `counted` [N]; `stems` as `token_stems`, None: each token counts as itself."""
+        stems = np.arange(vocab_size, dtype=np.int32) if stems is None else stems
+        ids = stems[ids]
         owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))
         keys = np.unique(owner * vocab_size + ids)
         owner, tokens = keys // vocab_size, keys % vocab_size
         frequency = np.bincount(tokens[counted[owner]], minlength=vocab_size)
         idf = np.where(frequency > 0, np.log1p((counted.sum() - frequency + 0.5) / (frequency + 0.5)), 0.0)
         item_offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(offsets) - 1))])
-        arrays = (item_offsets.astype(np.int32), tokens.astype(np.int32), idf.astype(np.float32))
+        arrays = (item_offsets.astype(np.int32), tokens.astype(np.int32), idf.astype(np.float32), stems)
         return cls(*(torch.from_numpy(array) for array in arrays))
 
 
@@ -92,8 +104,18 @@ class Guidance(nn.Module):
     item_offsets: Tensor
     item_tokens: Tensor
     token_idf: Tensor
+    token_stems: Tensor
 
-    def __init__(self, sharpness: float, *, lexical_weight: float = 0.0, feedback: float = 0.0, vocab_size: int = 0, items: int = 0, entries: int = 0) -> None:
+    def __init__(
+        self,
+        sharpness: float,
+        *,
+        lexical_weight: float = 0.0,
+        feedback: float = 0.0,
+        vocab_size: int = 0,
+        items: int = 0,
+        entries: int = 0,
+    ) -> None:
         super().__init__()
         self.sharpness = sharpness
         self.lexical_weight = lexical_weight
@@ -103,12 +125,18 @@ class Guidance(nn.Module):
             self.register_buffer("item_offsets", torch.zeros(items + 1, dtype=torch.int32))
             self.register_buffer("item_tokens", torch.zeros(entries, dtype=torch.int32))
             self.register_buffer("token_idf", torch.zeros(vocab_size))
+            self.register_buffer("token_stems", torch.arange(vocab_size, dtype=torch.int32))
 
     def set_lexicon(self, lexicon: Lexicon) -> None:
         """Take over a lexicon of the sizes that the module was made for; its vocabulary may be smaller than the decoder's."""
         self.item_offsets.copy_(lexicon.item_offsets)
         self.item_tokens.copy_(lexicon.item_tokens)
         self.token_idf[: len(lexicon.token_idf)].copy_(lexicon.token_idf)
+        self.token_stems[: len(lexicon.token_stems)].copy_(lexicon.token_stems)
+
+    def lexicon_ids(self, token_ids: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Text token ids int [T] as the lexicon counts them."""
+        return self.token_stems.cpu().numpy()[token_ids] if self.lexical_weight else token_ids
 
     def forward(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> Guide:
         """The guide of prompts: query vectors float [B, d], token ids int64 [B, L] and their lengths int64 [B]; `trie` holds the items' vectors."""
@@ -150,7 +178,8 @@ class Guidance(nn.Module):
         """The share of each prompt's idf mass that each token has, float32 [B, V]; markers and SIDs have none, repeated tokens count once."""
         vocab = len(self.token_idf)
         text = (token_ids < vocab) & (torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None])
-        present = torch.zeros(len(token_ids), vocab + 1, device=token_ids.device).scatter_(1, torch.where(text, token_ids, vocab), 1.0)[:, :vocab]
+        counted = self.token_stems[torch.where(text, token_ids, 0)].long()
+        present = torch.zeros(len(token_ids), vocab + 1, device=token_ids.device).scatter_(1, torch.where(text, counted, vocab), 1.0)[:, :vocab]
         mass = present * self.token_idf.float()
         return mass / mass.sum(dim=1, keepdim=True).clamp(min=1e-6)
 
@@ -166,8 +195,8 @@ class Guidance(nn.Module):
         """As `logits_of_items`, of items that came after the trie was built.
 
         Args:
-            vectors: float [n, d], the encoder's. words: offsets int64 [n + 1] and text tokens int32 of their texts, distinct within an item; read where
-                words guide. A token that no published item holds counts nothing.
+            vectors: float [n, d], the encoder's. words: offsets int64 [n + 1] and text tokens int32 of their texts, as `lexicon_ids` has them, distinct within an item; read
+                where words guide. A token that no published item holds counts nothing.
         """
         return self._logits(query_vector, token_ids, positions, vectors, words)
 

@@ -228,6 +228,7 @@ def _our_state(folder: Path, config: DecoderConfig, weights: dict[str, Tensor]) 
         state |= {name: take(name) for name in ("soft_prompt.weight", "soft_prompt.bias")}
     if config.guide_sharpness:
         names = ("level_weights", *(Lexicon._fields if config.guide_lexical else ()))
+        weights = {"guidance.token_stems": torch.arange(text, dtype=torch.int32), **weights}  # a folder from before tokens counted by their stems has none
         state |= {f"guidance.{name}": take(f"guidance.{name}") for name in names}
     for index in range(config.num_layers):
         ours, theirs = f"layers.{index}.", f"model.layers.{index}."

@@ -41,6 +41,7 @@ from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.generator.retriever import Retriever
+from genrecall.generator.token_stems import LANGUAGES, token_stems
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
 from genrecall.sid.index import load_index, load_sid_table, load_trie
@@ -83,6 +84,7 @@ class GeneratorConfig:
         guided: let the encoder's own opinion of every prefix count too, see `guidance.py`. Without both the generator is the paper's.
         guide_sharpness, guide_lexical: by how much a cosine counts there (an encoder trained at temperature T says 1 / T), and the words that
             query and item share (0: not at all).
+        guide_stemmer: Snowball's name of the catalogue's language, e.g. "english": words of one stem are the same word there; "" compares them as they are.
         guide_feedback: how far a query's vector is moved there towards the items that it finds first (0: not at all).
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
@@ -108,6 +110,7 @@ class GeneratorConfig:
     guided: bool = True
     guide_sharpness: float = 20.0
     guide_lexical: float = 4.0
+    guide_stemmer: str = ""
     guide_feedback: float = 0.0
     max_query_tokens: int = 24
     max_title_tokens: int = 32
@@ -157,13 +160,16 @@ class GeneratorConfig:
         if self.guide_sharpness <= 0:
             found.append(f"guide_sharpness: must be positive, got {self.guide_sharpness}; guided=false switches guidance off")
         found += [f"{name}: must not be negative, got {getattr(self, name)}" for name in ("guide_lexical", "guide_feedback") if getattr(self, name) < 0]
+        if self.guide_stemmer and self.guide_stemmer not in LANGUAGES:
+            found.append(f"guide_stemmer: expected one of {', '.join(LANGUAGES)}, or none, got {self.guide_stemmer!r}")
         if self.guided and 2 * self.guide_sharpness + self.guide_lexical > LARGEST_SPREAD:
             found.append(
                 f"guide_sharpness, guide_lexical: 2 * guide_sharpness + guide_lexical must be at most {LARGEST_SPREAD:g}, by which two items' scores may differ in single "
                 f"precision, got {self.guide_sharpness} and {self.guide_lexical}"
             )
         defaults = GeneratorConfig.__dataclass_fields__
-        idle: dict[str, tuple[str, ...]] = {"guided=false": () if self.guided else ("guide_sharpness", "guide_lexical", "guide_feedback")}
+        idle: dict[str, tuple[str, ...]] = {"guided=false": () if self.guided else ("guide_sharpness", "guide_lexical", "guide_stemmer", "guide_feedback")}
+        idle["guide_lexical=0"] = () if self.guide_lexical or not self.guided else ("guide_stemmer",)
         idle["soft_prompt=false"] = () if self.soft_prompt else ("soft_prompt_tokens", "query_vector_drop")
         found += [
             f"{name}: has no effect with {switch}; leave it out"
@@ -193,7 +199,8 @@ class GeneratorConfig:
         found: dict[str, float] = {"guide_sharpness": self.guide_sharpness, "guide_feedback": self.guide_feedback}
         if lexicon is None or not self.guide_lexical:
             return found
-        return found | {"guide_lexical": self.guide_lexical, "guide_items": len(lexicon.item_offsets) - 1, "guide_entries": len(lexicon.item_tokens)}
+        sizes = {"guide_items": len(lexicon.item_offsets) - 1, "guide_entries": len(lexicon.item_tokens)}
+        return found | sizes | {"guide_lexical": self.guide_lexical}
 
     def decoder_config(self, text_vocab_size: int, table: SidTable | None, soft_prompt_dim: int, lexicon: Lexicon | None = None) -> DecoderConfig:
         """The decoder trained from scratch (without SID levels where `table` is None)."""
@@ -224,11 +231,11 @@ def train_tokenizer(config: GeneratorConfig, catalog: Catalog, requests: Request
     return QueryTokenizer.train(texts, config.vocab_size, genders=requests.genders, age_bands=requests.age_bands)
 
 
-def build_lexicon(catalog: Catalog, item_rows: np.ndarray, tokenizer: QueryTokenizer, counted: np.ndarray) -> Lexicon:
-    """The lexicon of the items int [N] in the index's order; token frequencies are those of the catalogue rows marked in `counted` [N]."""
+def build_lexicon(catalog: Catalog, item_rows: np.ndarray, tokenizer: QueryTokenizer, counted: np.ndarray, stemmer: str = "") -> Lexicon:
+    """The lexicon of the items int [N] in the index's order; token frequencies are those of the catalogue rows marked in `counted` [N]; `stemmer`: see `GeneratorConfig`."""
     texts = item_text(catalog)
     ids, offsets = tokenizer.encode_batch([texts[row] for row in item_rows], LEXICON_TOKENS)
-    return Lexicon.build(ids, offsets, tokenizer.vocab_size, counted[item_rows])
+    return Lexicon.build(ids, offsets, tokenizer.vocab_size, counted[item_rows], token_stems(tokenizer, stemmer) if stemmer else None)
 
 
 def build_decoder(config: GeneratorConfig, tokenizer: QueryTokenizer, table: SidTable, soft_prompt_dim: int, lexicon: Lexicon | None = None) -> Decoder:
@@ -302,7 +309,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
     tokenizer = QueryTokenizer.from_json(loop_config["tokenizer"])
     index, requests = load_index(sid_index.path), load_requests(dataset, "train", catalog)
     known = known_at_split(catalog, requests)
-    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known) if config.guided and config.guide_lexical else None
+    lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known, config.guide_stemmer) if config.guided and config.guide_lexical else None
     model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
     item_vectors = np.load(encoder_artifact.file("item_embeddings.npy"), mmap_mode="r", allow_pickle=False)
     builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known)

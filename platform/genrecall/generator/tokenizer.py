@@ -64,6 +64,11 @@ class QueryTokenizer:
         """Number of text tokens, markers included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def tokens(self) -> list[str | None]:
+        """The text tokens by id, as the vocabulary spells them; None for markers."""
+        special = self._tokenizer.get_added_tokens_decoder()
+        return [None if identity in special else self._tokenizer.id_to_token(identity) for identity in range(self.vocab_size)]
+
     @property
     def genders(self) -> tuple[str, ...]:
         """The genders that have a token."""

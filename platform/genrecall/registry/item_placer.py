@@ -28,7 +28,7 @@ class Fit(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where records go, and what a search needs of them: their vectors in `fit`, and their text tokens."""
+    """Where records go, and what a search needs of them: their vectors in `fit`, and their text tokens as its lexicon has them."""
 
     fit: Fit
     tokens: list[NDArray[np.integer]]
@@ -53,7 +53,9 @@ class ItemPlacer:
         """The places of n records."""
         texts = [compose_item_text(one.title, one.brand, one.category_path, one.text) for one in records]
         ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
-        return Placed(self.fit(texts, [one.category_path for one in records]), np.split(ids, offsets[1:-1]))
+        guidance = self._retriever.model.guidance
+        words = ids if guidance is None else guidance.lexicon_ids(ids)
+        return Placed(self.fit(texts, [one.category_path for one in records]), np.split(words, offsets[1:-1]))
 
     def fit(self, texts: Sequence[str], paths: Sequence[tuple[str, ...]]) -> Fit:
         """Where n items go, by their texts (see `compose_item_text`) and category paths, root first."""

@@ -113,14 +113,16 @@ def requests() -> Requests:
 
 @pytest.fixture(scope="session")
 def untrained_retriever(catalog: Catalog, encoder: WordEncoder) -> Callable[..., Retriever]:
-    """Makes a retriever over SIDs of the first items, whose decoder has not been trained: guided with a `sharpness`, also by words with `lexical`, with `feedback`."""
+    """Makes a retriever over SIDs of the first items, whose decoder has not been trained: guided with a `sharpness`, also by words with `lexical` (of a `stemmer`), with `feedback`."""
 
-    def make(table: SidTable, priors: np.ndarray, *, sharpness: float, lexical: float = 0.0, feedback: float = 0.0, counted: int = 50) -> Retriever:
+    def make(
+        table: SidTable, priors: np.ndarray, *, sharpness: float, lexical: float = 0.0, stemmer: str = "", feedback: float = 0.0, counted: int = 50
+    ) -> Retriever:
         """`counted`: items whose words tell how much a word says."""
         sizes = table.space.level_sizes
         index = SidIndex.build(table.item_sid, len(table), priors)
         tokenizer = QueryTokenizer.train(catalog.titles, 500, genders=["f", "m"], age_bands=["18-24"])
-        lexicon = build_lexicon(catalog, index.item_rows, tokenizer, np.arange(50) < counted)
+        lexicon = build_lexicon(catalog, index.item_rows, tokenizer, np.arange(50) < counted, stemmer)
         config = DecoderConfig(
             text_vocab_size=tokenizer.vocab_size,
             level_sizes=sizes,

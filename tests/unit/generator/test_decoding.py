@@ -105,7 +105,7 @@ def paths_of(trie: Trie) -> Tensor:
 
 def plain_words(ids: Sequence[int]) -> list[float]:
     """The share of the idf of the prompt's text tokens that each item holds."""
-    ends, tokens, idf = (part.tolist() for part in some_lexicon())
+    ends, tokens, idf, _ = (part.tolist() for part in some_lexicon())
     asked = {token for token in ids if token < CONFIG.text_vocab_size}
     total = sum(idf[token] for token in asked)
     return [sum(idf[token] for token in asked & set(tokens[start:end])) / total for start, end in itertools.pairwise(ends)]

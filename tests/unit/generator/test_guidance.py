@@ -120,7 +120,28 @@ def test_a_lexicon_by_hand() -> None:
     assert lexicon.item_tokens.tolist() == [1, 3, 1, 1, 4]  # each token of an item once, ascending
     idf = {1: math.log(1 + (3 - 2 + 0.5) / (2 + 0.5)), 3: math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))}
     assert lexicon.token_idf.tolist() == pytest.approx([0.0, idf[1], 0.0, idf[3], 0.0, 0.0])
-    assert [part.dtype for part in lexicon] == [torch.int32, torch.int32, torch.float32]
+    assert [part.dtype for part in lexicon] == [torch.int32, torch.int32, torch.float32, torch.int32]
+
+
+def test_a_lexicon_of_stems_counts_tokens_as_what_they_stand_for() -> None:
+    # 3 counts as 1 and 4 as 2, in the items and in queries.
+    stems = np.array([0, 1, 2, 1, 2, 5], dtype=np.int32)
+    ids, offsets, counted = np.array([3, 1, 4, 5], dtype=np.int32), np.array([0, 2, 3, 4]), np.ones(3, dtype=bool)
+    lexicon = Lexicon.build(ids, offsets, 6, counted, stems)
+    plain = Lexicon.build(stems[ids], offsets, 6, counted)
+    for one, other in zip(lexicon[:3], plain[:3], strict=True):
+        assert torch.equal(one, other)
+    assert lexicon.token_stems.tolist() == stems.tolist()
+    assert plain.token_stems.tolist() == list(range(6))
+    vectors = np.tile([1.0, 0.0], (3, 1))
+    trie = Trie.from_tokens(np.array([[0, 0, 0], [0, 1, 2], [2, 1, 0]], dtype=np.int32), SIZES).with_items(vectors, np.arange(4))
+    guidance, query = guided_by(lexicon, vocab_size=8), torch.tensor([[0.6, 0.8]])  # the decoder's vocabulary may be larger
+    assert guidance.token_stems.tolist() == [*stems.tolist(), 6, 7]
+    for row, same in (([3], [1]), ([1, 3, 4], [1, 2]), ([4, 5, 9, 6], [2, 5, 6])):
+        for one, other in zip(guide_of(guidance, [row], query, trie), guide_of(guided_by(plain, vocab_size=8), [same], query, trie), strict=True):
+            torch.testing.assert_close(one, other)
+    assert guidance.lexicon_ids(np.array([5, 4, 3])).tolist() == [5, 2, 1]
+    assert Guidance(5.0).lexicon_ids(np.array([5, 4, 3])).tolist() == [5, 4, 3]
 
 
 @settings(max_examples=50, deadline=None)

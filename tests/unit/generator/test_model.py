@@ -145,6 +145,17 @@ def worded() -> Decoder:
     return model
 
 
+def test_a_folder_from_before_stems_counts_every_token_as_itself(tmp_path: Path) -> None:
+    model = worded()
+    model.guidance.token_stems[5] = 3
+    model.save_pretrained(tmp_path)
+    assert Decoder.from_pretrained(tmp_path).guidance.token_stems[5] == 3
+    saved = load_file(tmp_path / "genrecall.safetensors")
+    assert saved.pop("guidance.token_stems").dtype == torch.int32
+    save_file(saved, tmp_path / "genrecall.safetensors")
+    assert Decoder.from_pretrained(tmp_path).guidance.token_stems.tolist() == list(range(CONFIG.text_vocab_size))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_lexicon_is_saved_with_the_decoder(tmp_path: Path, dtype: torch.dtype) -> None:
     # Offsets go up to 900, of which bfloat16 would keep every eighth.

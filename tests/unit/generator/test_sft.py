@@ -216,6 +216,11 @@ def test_guidance_is_part_of_the_settings(table):
             apply_overrides(GeneratorConfig(), ["guided=false", "soft_prompt=false", setting])
         assert apply_overrides(GeneratorConfig(), ["guided=false", setting]) != GeneratorConfig(guided=False)
     assert dataclasses.replace(CONFIG, guide_feedback=0.2).decoder_config(600, table, 16).guide_feedback == 0.2
+    with pytest.raises(ConfigError, match=r"guide_stemmer: expected one of .*english.*, or none, got 'klingon'"):
+        apply_overrides(GeneratorConfig(), ["guide_stemmer=klingon"])
+    for switch in ("guided=false", "guide_lexical=0.0"):
+        with pytest.raises(ConfigError, match="guide_stemmer: has no effect with guide"):
+            apply_overrides(GeneratorConfig(), ["guide_stemmer=english", switch])
     with pytest.raises(ConfigError, match=r"guide_feedback: must not be negative, got -0\.1"):
         apply_overrides(GeneratorConfig(), ["guide_feedback=-0.1"])
     with pytest.raises(ConfigError, match="guide_feedback: has no effect with guided=false; leave it out"):

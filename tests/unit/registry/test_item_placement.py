@@ -62,6 +62,17 @@ def test_newcomers_get_the_sids_that_a_server_would_give_them(placed):
         assign_items(bundle, "unused", output)
 
 
+def test_newcomers_words_are_the_tokens_that_the_lexicon_counts(untrained_line):
+    bundle = load_bundle(untrained_line().path)
+    guidance, tokenizer = bundle.retriever.model.guidance, bundle.retriever.prompt_builder.tokenizer
+    record = ItemRecord(item_id="n0", title="chrome angle bracket")
+    ids, _ = tokenizer.encode_batch([compose_item_text(record.title, "", (), "")], 128)
+    placer = ItemPlacer(bundle)
+    assert placer.place([record]).tokens[0].tolist() == ids.tolist()
+    guidance.token_stems[int(ids[0])] = int(ids[1])
+    assert placer.place([record]).tokens[0].tolist() == [ids[1], *ids[1:]]
+
+
 def test_alarms_are_those_of_live_drift_and_sids_that_were_oversize_before_are_not_counted():
     tally = _Tally(np.array([11, 10, 3]), max_items_per_sid=5)
     rows = [("a", 0, 2.0, False, True), ("b", 1, 4.0, False, False), ("c", 2, None, True, None)]
