@@ -15,7 +15,7 @@ from genrecall.encoders.text_encoder import load_encoder
 from genrecall.evaluation.baselines import Bm25, DenseRetriever, document_texts, popular_items
 from genrecall.evaluation.evaluated_data import EvaluatedData
 from genrecall.evaluation.evaluation_config import EvaluationConfig
-from genrecall.evaluation.fusion import fuse, gather_candidates, tune_weights
+from genrecall.evaluation.fusion import fuse_by_budget, tune_weights
 from genrecall.evaluation.request_metrics import Tiers
 from genrecall.storage import Artifact
 
@@ -28,13 +28,13 @@ class Channels:
 
     Attributes:
         rankings: channel or hybrid -> items int32 [R, K], -1 padded.
-        weights: hybrid -> its parts' weights, tuned on the validation requests.
+        weights: hybrid -> item budget -> its parts' weights, tuned on the validation requests.
         matches: int64 [R], items that hold a word of the query, as BM25 reads it.
         seconds: channel -> those that a thousand queries take.
     """
 
     rankings: dict[str, np.ndarray]
-    weights: dict[str, dict[str, float]]
+    weights: dict[str, dict[int, dict[str, float]]]
     matches: np.ndarray
     seconds: dict[str, float]
 
@@ -70,7 +70,6 @@ def build_channels(config: EvaluationConfig, data: EvaluatedData, encoder: Artif
     weights = {}
     for hybrid, parts in HYBRIDS.items():
         if all(part in test for part in parts):
-            tuned = tune_weights({part: tuning[part] for part in parts}, targets, depth=config.depth, cuts=config.cuts)
-            weights[hybrid] = tuned
-            test[hybrid] = fuse(gather_candidates([test[part] for part in parts], config.depth), [tuned[part] for part in parts], config.depth)
+            weights[hybrid] = tune_weights({part: tuning[part] for part in parts}, targets, depth=config.depth, cuts=config.cuts)
+            test[hybrid] = fuse_by_budget({part: test[part] for part in parts}, weights[hybrid], config.depth)
     return Channels(test, weights, matches, seconds)

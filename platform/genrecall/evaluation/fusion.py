@@ -1,8 +1,9 @@
 """Reciprocal rank fusion of recall channels, with weights tuned on validation requests from one grid of values.
 
 Source: Cormack, Clarke & Buettcher (SIGIR 2009): score = sum over channels of w / (k + rank), k = 60, rank from 1. All channels enter
-with the same depth. Deviation: channel weights, chosen on validation requests from one grid of values for every channel but the first. So a
-hybrid of two channels has 7 sets of weights to choose from and one of three 49: the larger hybrid is tuned more, which no test request pays for.
+with the same depth. Deviation: channel weights, chosen on validation requests from one grid of values for every channel but the first, for each item
+budget by the recall there: what orders the first ten best is not what fills a hundred best. So a hybrid of two channels has 7 sets of weights to choose
+from and one of three 49: the larger hybrid is tuned more, which no test request pays for.
 
 Shapes: R requests, C channels, K depth, U <= C * K distinct candidates of a request. Rankings are [R, K] item rows, -1 padded.
 """
@@ -78,8 +79,28 @@ def rrf(rankings: Sequence[np.ndarray], depth: int, weights: Sequence[float] | N
     return fuse(gather_candidates(rankings, depth), [1.0] * len(rankings) if weights is None else weights, depth)
 
 
-def tune_weights(rankings: Mapping[str, np.ndarray], targets: Targets, *, depth: int, cuts: Sequence[int] = (10, 100)) -> dict[str, float]:
-    """The weights of `WEIGHT_GRID` with the best mean recall at `cuts` on validation requests.
+def fuse_by_budget(rankings: Mapping[str, np.ndarray], weights: Mapping[int, Mapping[str, float]], depth: int) -> np.ndarray:
+    """One ranking for all item budgets, int32 [R, depth], -1 padded: up to each budget it goes on with the items of that budget's fusion that are not in it yet.
+
+    Args:
+        rankings: channel name -> [R, K]. weights: item budget -> channel name -> weight; the last one's fusion fills what is left.
+    """
+    candidates = gather_candidates(list(rankings.values()), depth)
+    budgets = sorted(weights)
+    fusions = [fuse(candidates, [weights[budget][name] for name in rankings], depth) for budget in budgets]
+    ends = [*budgets[:-1], depth]
+    ranked = np.full_like(fusions[0], -1)
+    for row, lists in enumerate(zip(*fusions, strict=True)):
+        chosen: dict[int, None] = {}
+        for end, items in zip(ends, lists, strict=True):
+            fresh = [item for item in items.tolist() if item >= 0 and item not in chosen]
+            chosen |= dict.fromkeys(fresh[: max(end - len(chosen), 0)])
+        ranked[row, : len(chosen)] = list(chosen)
+    return ranked
+
+
+def tune_weights(rankings: Mapping[str, np.ndarray], targets: Targets, *, depth: int, cuts: Sequence[int] = (10, 100)) -> dict[int, dict[str, float]]:
+    """For each item budget of `cuts` the weights of `WEIGHT_GRID` with the best recall there on validation requests.
 
     The first channel keeps weight 1 (only ratios matter), every other takes each value of the grid. Among equals the weights nearest 1 win.
 
@@ -90,10 +111,11 @@ def tune_weights(rankings: Mapping[str, np.ndarray], targets: Targets, *, depth:
     names = list(rankings)
     candidates = gather_candidates(list(rankings.values()), depth)
     combinations = sorted(itertools.product(WEIGHT_GRID, repeat=len(names) - 1), key=lambda weights: sum(abs(np.log(weight)) for weight in weights))
-    best, chosen = -1.0, (1.0,) * (len(names) - 1)
+    best, chosen = dict.fromkeys(cuts, -1.0), dict.fromkeys(cuts, combinations[0])
     for weights in combinations:
         positions = ranking_positions(fuse(candidates, [1.0, *weights], max(cuts)), targets)
-        score = float(np.mean([mean_over_requests(recall_at(positions, targets, cut)) or 0.0 for cut in cuts]))
-        if score > best + 1e-9:
-            best, chosen = score, weights
-    return dict(zip(names, [1.0, *chosen], strict=True))
+        for cut in cuts:
+            score = mean_over_requests(recall_at(positions, targets, cut)) or 0.0
+            if score > best[cut] + 1e-9:
+                best[cut], chosen[cut] = score, weights
+    return {cut: dict(zip(names, [1.0, *weights], strict=True)) for cut, weights in chosen.items()}

@@ -32,7 +32,7 @@ from genrecall.evaluation.stage_searches import Searches, guidance_alone, search
 from genrecall.sid.index import SidIndex, load_index
 from genrecall.storage import Artifact, Stage
 
-ALGORITHM_VERSION = 8
+ALGORITHM_VERSION = 9
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
 

@@ -113,8 +113,9 @@ def write_report(
     sections += [_sid_section(sid_index, quantizer), _health_section(aligned)]
     counts = metrics["counts"]
     weights = [
-        "Fusion weights of " + name + ": " + ", ".join(f"{channel} {weight:g}" for channel, weight in one.items()) + "."
-        for name, one in metrics["fusion_weights"].items()
+        f"Fusion weights of {name} for {budget} items: " + ", ".join(f"{channel} {weight:g}" for channel, weight in one.items()) + "."
+        for name, by_budget in metrics["fusion_weights"].items()
+        for budget, one in by_budget.items()
     ]
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     html = page.render(

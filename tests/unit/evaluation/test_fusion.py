@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecall.evaluation.fusion import fuse, gather_candidates, rrf, tune_weights
+from genrecall.evaluation.fusion import fuse, fuse_by_budget, gather_candidates, rrf, tune_weights
 from genrecall.evaluation.metrics import Targets
 
 FIRST = np.array([[4, 2, 7]], dtype=np.int32)
@@ -38,13 +38,46 @@ def test_tuning_finds_the_channel_that_knows() -> None:
     junk = rng.integers(100, 200, size=(40, 10)).astype(np.int32)
     good = np.concatenate([rng.integers(200, 300, size=(40, 3)), np.arange(40)[:, None]], axis=1).astype(np.int32)
     weights = tune_weights({"junk": junk, "good": good}, targets, depth=10, cuts=(5, 10))
-    assert weights["junk"] == 1.0
-    assert weights["good"] > 1.0  # rank 4 of the good channel must come before five junk items
+    assert weights[5]["junk"] == weights[10]["junk"] == 1.0
+    assert weights[5]["good"] > 1.0  # rank 4 of the good channel must come before two junk items
+    assert weights[10]["good"] == 1.0  # which it does among ten whatever the weights are, near ones first
+
+
+def test_each_budget_has_its_own_weights_and_one_list_serves_all() -> None:
+    # The targets are the first channel's best two and the second's second: two items are best filled by the first alone, four by both.
+    first, second = np.array([[1, 2, 3, 4]] * 3, dtype=np.int32), np.array([[5, 6, 7, 8]] * 3, dtype=np.int32)
+    rankings = {"first": first, "second": second}
+    weights = {2: {"first": 1.0, "second": 0.1}, 4: {"first": 1.0, "second": 4.0}}
+    assert fuse_by_budget(rankings, weights, 8).tolist() == [[1, 2, 5, 6, 7, 8, 3, 4]] * 3
+    assert fuse_by_budget(rankings, {4: weights[4]}, 8).tolist() == fuse(gather_candidates([first, second], 8), [1.0, 4.0], 8).tolist()
+    tuned = tune_weights(rankings, Targets.from_lists([np.array([1, 2, 6])] * 3), depth=4, cuts=(2, 4))
+    assert tuned[2]["second"] < 1.0
+    found = fuse_by_budget(rankings, tuned, 4)
+    assert set(found[0, :2].tolist()) == {1, 2}
+    assert 6 in found[0].tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.permutations(range(6)), min_size=2, max_size=2), st.lists(st.sampled_from([0.1, 1.0, 10.0]), min_size=2, max_size=2), st.integers(1, 8))
+def test_every_budgets_items_are_listed_up_to_it(orders: list[list[int]], second: list[float], depth: int) -> None:
+    rankings = {name: np.array([order], dtype=np.int32) for name, order in zip("ab", orders, strict=True)}
+    weights = {budget: {"a": 1.0, "b": weight} for budget, weight in zip((2, 5), second, strict=True)}
+    found = fuse_by_budget(rankings, weights, depth)[0].tolist()
+    candidates = gather_candidates(list(rankings.values()), depth)
+    small, large = (fuse(candidates, [1.0, weight], depth)[0].tolist() for weight in second)
+    assert found[:2] == small[:2]
+    kept = [item for item in found if item >= 0]
+    assert len(set(kept)) == len(kept) == len([item for item in large if item >= 0])
+    rest = [item for item in large if item not in small[:2]]
+    assert [item for item in found[2:] if item >= 0] == [item for item in rest if item >= 0][: max(depth - 2, 0)]
 
 
 def test_without_validation_requests_all_weights_are_one() -> None:
     nothing = np.zeros((0, 5), dtype=np.int32)
-    assert tune_weights({"a": nothing, "b": nothing, "c": nothing}, Targets.from_lists([]), depth=5) == {"a": 1.0, "b": 1.0, "c": 1.0}
+    assert tune_weights({"a": nothing, "b": nothing, "c": nothing}, Targets.from_lists([]), depth=5) == {
+        10: {"a": 1.0, "b": 1.0, "c": 1.0},
+        100: {"a": 1.0, "b": 1.0, "c": 1.0},
+    }
 
 
 @settings(max_examples=50, deadline=None)
