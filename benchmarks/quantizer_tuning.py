@@ -3,7 +3,8 @@
     python benchmarks/quantizer_tuning.py [--datasets marketplace amazon_scientific] [--seeds 0] [--settings ...] [--collect-only]
 
 CQ-SID's gamma was chosen on validation requests; here RQ-VAE gets as many tries with what it has itself: learning rate, steps, commitment, width of the
-latents. What helps it is tried with CQ-SID too, and was taken over by both in `sids`: latents of 128, where the settings below start from 64. Everything else is the experiment `sids` of quality.py: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
+latents. What helps it is tried with CQ-SID too, and was taken over by both in the experiment `sids` of quality.py: latents of 128, where the settings
+below start from 64. Everything else is that experiment: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
 alone is searched with. Settings are compared by clk@N and hit@items of validation requests, paired; the test requests are not read.
 
 All runs of a data set and seed share the home `GENRECALL_HOME/quality/DATASET/seedK/tuning/`, and dataset and encoder of the experiment `sids` where
