@@ -450,6 +450,20 @@ def test_guidance_learns_its_weights_and_leaves_vectors_and_lexicon_alone() -> N
     assert not any(getattr(model.guidance, name).requires_grad for name in Lexicon._fields)
 
 
+def test_training_scores_by_the_vectors_that_feedback_moves_in_search() -> None:
+    model, trie, prompts = copy.deepcopy(decoder(WORDED)), some_trie(), some_prompts()
+    plain = beam_search(model, prompts, trie, beam_size=20, support="trie")
+    assert plain.query_vectors is None
+    model.guidance.feedback = 0.4
+    found = beam_search(model, prompts, trie, beam_size=20, support="trie")
+    assert not torch.allclose(found.scores, plain.scores, atol=1e-2)
+    torch.testing.assert_close(found.query_vectors.norm(dim=1), torch.ones(3))
+    scored = group_log_probs(model, prompts, found.tokens, support="trie", trie=trie).sum(-1)
+    torch.testing.assert_close(scored, found.scores, atol=1e-4, rtol=0)
+    drawn = sample_group(model, prompts, trie, group_size=4, support="trie", generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(drawn.log_probs, group_log_probs(model, prompts, drawn.tokens, support="trie", trie=trie), atol=1e-4, rtol=1e-4)
+
+
 def test_the_words_change_the_answer_of_their_row_only() -> None:
     model, trie, prompts = decoder(WORDED), some_trie(), some_prompts()
     guide = model.guidance(prompts.soft, prompts.token_ids, prompts.lengths, trie)
