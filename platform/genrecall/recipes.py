@@ -145,6 +145,7 @@ def home_depot() -> Recipe:
             guide_lexical=8.0,
             guide_stemmer="english",
             guide_feedback=0.2,
+            correct_spelling=True,
             stage1=StageConfig(steps=100, batch_size=64, learning_rate=2e-3),
             stage2=StageConfig(steps=500, batch_size=64, learning_rate=2e-3),
         ),

@@ -29,10 +29,12 @@ import torch
 
 from genrecall.encoders.ngram_hash import ragged_positions
 from genrecall.generator.prompts import Prompts
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.generator.tokenizer import QueryTokenizer
 
 PROMPT_FILE = "prompts.json"
 CENTROID_FILE = "level1_centroids.npy"
+SPELLING_FILE = "spelling.json"
 _CHUNK = 8192
 _POOL_STEPS = 8
 """Examples of this many steps are drawn together and sorted by length before they are cut into batches, to save padding."""
@@ -95,6 +97,7 @@ class PromptBuilder:
         level1_centroids: float32 [K1, d], L2-normalised mean item vector of each level-1 code (zeros where a code has no
             item); None: histories are cut by recency alone.
         related_codes: so many level-1 codes nearest to the query count as related.
+        spelling: corrects queries before they become tokens; None: they are read as typed.
 
     Raises:
         PromptBuilderError: a limit below its least value.
@@ -111,6 +114,7 @@ class PromptBuilder:
         soft_prompt: bool = True,
         level1_centroids: np.ndarray | None = None,
         related_codes: int = 8,
+        spelling: SpellingCorrector | None = None,
     ) -> None:
         if min(max_query_tokens, max_title_tokens, related_codes) < 1 or max_history < 0:
             raise PromptBuilderError(
@@ -123,9 +127,10 @@ class PromptBuilder:
         self.soft_prompt = soft_prompt
         self.level1_centroids = level1_centroids
         self.related_codes = related_codes
+        self.spelling = spelling
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, `prompts.json` and, where there are centroids, `level1_centroids.npy`."""
+        """Write `tokenizer.json`, `prompts.json` and, where there are centroids and a spelling corrector, `level1_centroids.npy` and `spelling.json`."""
         self.tokenizer.save(folder / "tokenizer.json")
         settings = {
             "level_offsets": self.level_offsets.tolist(),
@@ -138,6 +143,8 @@ class PromptBuilder:
         (folder / PROMPT_FILE).write_text(json.dumps(settings, indent=2))
         if self.level1_centroids is not None:
             np.save(folder / CENTROID_FILE, self.level1_centroids.astype(np.float32), allow_pickle=False)
+        if self.spelling is not None:
+            self.spelling.save(folder / SPELLING_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> PromptBuilder:
@@ -146,12 +153,14 @@ class PromptBuilder:
         Raises:
             PromptBuilderError: no `prompts.json` in the folder.
             TokenizerError: no usable `tokenizer.json`.
+            SpellingError: a `spelling.json` that is none.
         """
         path = folder / PROMPT_FILE
         if not path.is_file():
             raise PromptBuilderError(f"{path}: missing; expected the folder of a generator, which holds it beside tokenizer.json")
         centroids = np.load(folder / CENTROID_FILE, allow_pickle=False) if (folder / CENTROID_FILE).is_file() else None
-        return cls(QueryTokenizer.load(folder / "tokenizer.json"), level1_centroids=centroids, **json.loads(path.read_text()))
+        spelling = SpellingCorrector.load(folder / SPELLING_FILE) if (folder / SPELLING_FILE).is_file() else None
+        return cls(QueryTokenizer.load(folder / "tokenizer.json"), level1_centroids=centroids, spelling=spelling, **json.loads(path.read_text()))
 
     def query_prompts(self, queries: Sequence[str], soft: np.ndarray | None = None) -> Prompts:
         """Prompts of n queries without a shopper, with `soft` float [n, d] where the builder has soft prompts; an empty query gives the bare markers."""
@@ -201,8 +210,9 @@ class PromptBuilder:
         return self._marked(self.tokenizer.item_id, titles, self.max_title_tokens)
 
     def query_bank(self, queries: Sequence[str]) -> PromptBank:
-        """Token sequences of query prompts."""
-        return self._marked(self.tokenizer.query_id, queries, self.max_query_tokens)
+        """Token sequences of query prompts, their spelling corrected where the builder does that."""
+        read = queries if self.spelling is None else [self.spelling.corrected(query) for query in queries]
+        return self._marked(self.tokenizer.query_id, read, self.max_query_tokens)
 
     def request_bank(
         self,

@@ -86,6 +86,7 @@ class GeneratorConfig:
             query and item share (0: not at all).
         guide_stemmer: Snowball's name of the catalogue's language, e.g. "english": words of one stem are the same word there; "" compares them as they are.
         guide_feedback: how far a query's vector is moved there towards the items that it finds first (0: not at all).
+        correct_spelling: correct the words of a query by those of the catalogue before they become tokens, see `spelling.py`.
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
         stage2_item_fraction: share of stage-2 examples that are stage 1's.
@@ -112,6 +113,7 @@ class GeneratorConfig:
     guide_lexical: float = 4.0
     guide_stemmer: str = ""
     guide_feedback: float = 0.0
+    correct_spelling: bool = False
     max_query_tokens: int = 24
     max_title_tokens: int = 32
     max_history: int = 8
@@ -312,7 +314,7 @@ def _loop(loop_config: dict[str, Any]) -> None:
     lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known, config.guide_stemmer) if config.guided and config.guide_lexical else None
     model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
     item_vectors = np.load(encoder_artifact.file("item_embeddings.npy"), mmap_mode="r", allow_pickle=False)
-    builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known)
+    builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known, item_text(catalog))
     data = build_training_data(config, catalog, requests, table, builder, encoder)
     vectors = data.vectors if config.soft_prompt else None
     runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]

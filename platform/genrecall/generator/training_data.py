@@ -24,6 +24,7 @@ from genrecall.generator.corruption import corrupt, short_text
 from genrecall.generator.examples import ExampleSet, PromptBank, PromptBuilder, aggregate_targets, level1_centroids
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.generator.support import Support
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.sid.semantic_id import SidTable
@@ -50,13 +51,20 @@ class NothingToLearnError(ValueError):
 
 
 def make_prompt_builder(
-    config: GeneratorConfig, tokenizer: QueryTokenizer, level_offsets: Sequence[int], table: SidTable, item_vectors: np.ndarray, known: np.ndarray
+    config: GeneratorConfig,
+    tokenizer: QueryTokenizer,
+    level_offsets: Sequence[int],
+    table: SidTable,
+    item_vectors: np.ndarray,
+    known: np.ndarray,
+    item_texts: Sequence[str],
 ) -> PromptBuilder:
     """The prompt builder of a config.
 
     Args:
         item_vectors: float [N, d], the encoder's, for the related part of histories.
         known: bool [N], items known at the split; the others have no part in it.
+        item_texts: N strings, whose words queries are corrected by.
     """
     level1 = table.tokens[table.item_sid[known], 0]
     return PromptBuilder(
@@ -68,6 +76,7 @@ def make_prompt_builder(
         soft_prompt=config.soft_prompt,
         related_codes=config.related_codes,
         level1_centroids=level1_centroids(item_vectors[known], level1, table.space.level_sizes[0]),
+        spelling=SpellingCorrector.of_texts(item_texts[row] for row in np.flatnonzero(known).tolist()) if config.correct_spelling else None,
     )
 
 

@@ -50,8 +50,10 @@ class ItemPlacer:
         """Mean squared distance of the latents of a sample of the bundle's items from their codes."""
 
     def place(self, records: Sequence[ItemRecord]) -> Placed:
-        """The places of n records."""
+        """The places of n records; where spelling is corrected, their words are right ones from then on."""
         texts = [compose_item_text(one.title, one.brand, one.category_path, one.text) for one in records]
+        if (spelling := self._retriever.prompt_builder.spelling) is not None:
+            spelling.learn(texts)
         ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
         guidance = self._retriever.model.guidance
         words = ids if guidance is None else guidance.lexicon_ids(ids)

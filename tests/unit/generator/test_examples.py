@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecall.generator.examples import Batches, ExampleSet, PromptBank, PromptBuilder, PromptBuilderError, aggregate_targets, level1_centroids, longest_prompt
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.generator.tokenizer import QueryTokenizer, TokenizerError
 
 TOKENIZER = QueryTokenizer.train(["angle bracket", "shower faucet"] * 3, 400, genders=["f", "m"], age_bands=["18-24"])
@@ -121,13 +122,22 @@ def test_unequal_lengths_are_refused():
         builder(max_history=-1)
 
 
+def test_misspelt_queries_become_the_tokens_of_the_right_words():
+    spelling = SpellingCorrector.of_texts(["shower faucet"] * 3)
+    queries = ["shwoer FAUCT", "angle"]
+    assert rows_of(builder(spelling=spelling).query_prompts(queries)) == [[QUERY, *SHOWER, ANSWER], [QUERY, *ANGLE, ANSWER]]
+    nobody = [[None] * 2, [None] * 2, [np.zeros((0, 3))] * 2]
+    assert rows_of(builder(spelling=spelling).request_prompts(queries, *nobody)) == rows_of(builder(spelling=spelling).query_prompts(queries))
+    assert rows_of(builder().query_prompts(queries))[0] != [QUERY, *SHOWER, ANSWER]
+
+
 def test_saved_builder_reads_back(tmp_path):
-    first = builder(level1_centroids=np.eye(3, dtype=np.float32), max_query_tokens=7)
+    first = builder(level1_centroids=np.eye(3, dtype=np.float32), max_query_tokens=7, spelling=SpellingCorrector.of_texts(["angle"] * 3))
     first.save(tmp_path)
     again = PromptBuilder.load(tmp_path)
     assert (again.max_query_tokens, again.max_history, again.soft_prompt, again.level_offsets.tolist()) == (7, 2, False, list(OFFSETS))
     assert np.array_equal(again.level1_centroids, np.eye(3))
-    assert rows_of(again.query_prompts(["angle"])) == rows_of(first.query_prompts(["angle"]))
+    assert rows_of(again.query_prompts(["angel"])) == rows_of(first.query_prompts(["angle"])) == [[QUERY, *ANGLE, ANSWER]]
     with pytest.raises(PromptBuilderError, match=r"prompts\.json: missing"):
         PromptBuilder.load(tmp_path / "elsewhere")
     (tmp_path / "tokenizer.json").unlink()

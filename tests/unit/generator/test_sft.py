@@ -62,7 +62,8 @@ def trie(catalog, table, encoder) -> Trie:
 def parts(catalog, requests, table, encoder):
     tokenizer = train_tokenizer(CONFIG, catalog, requests)
     model = build_decoder(CONFIG, tokenizer, table, encoder.dim)
-    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, encoder.encode_items(catalog.titles), np.ones(50, dtype=bool))
+    vectors, known = encoder.encode_items(catalog.titles), np.ones(50, dtype=bool)
+    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, vectors, known, item_text(catalog))
     return builder, build_training_data(CONFIG, catalog, requests, table, builder, encoder)
 
 
@@ -317,7 +318,11 @@ def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table
     assert set(stage1.target_sids.tolist()) == set(range(49))
     assert known_at_split(catalog, requests).all()
     vectors = encoder.encode_items(catalog.titles)
-    builder = make_prompt_builder(CONFIG, parts[0].tokenizer, (0, 5, 15), table, vectors, known_at_split(later, requests))
+    correcting, texts = dataclasses.replace(CONFIG, correct_spelling=True), [*catalog.titles[:49], "lantern"]
+    builder = make_prompt_builder(correcting, parts[0].tokenizer, (0, 5, 15), table, vectors, known_at_split(later, requests), texts)
+    assert builder.spelling is not None
+    assert builder.spelling.corrected("fauset lanterm") == "faucet lanterm"
+    assert parts[0].spelling is None
     for code, rows in ((3, slice(30, 40)), (4, slice(40, 49))):  # item 49 is of kind 4
         mean = vectors[rows].mean(axis=0)
         np.testing.assert_allclose(builder.level1_centroids[code], mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)

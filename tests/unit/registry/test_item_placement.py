@@ -12,6 +12,7 @@ import pytest
 from genrecall.data.schema import DataError
 from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog
 from genrecall.registry.catalogue_records import ItemRecord
@@ -71,6 +72,19 @@ def test_newcomers_words_are_the_tokens_that_the_lexicon_counts(untrained_line):
     assert placer.place([record]).tokens[0].tolist() == ids.tolist()
     guidance.token_stems[int(ids[0])] = int(ids[1])
     assert placer.place([record]).tokens[0].tolist() == [ids[1], *ids[1:]]
+
+
+def test_newcomers_words_are_no_slips_any_more(untrained_line):
+    builder = load_bundle(untrained_line().path).retriever.prompt_builder
+    bundle = load_bundle(untrained_line().path)
+    bundle.retriever.prompt_builder.spelling = SpellingCorrector({"bracket": 3})
+    assert builder.spelling is None
+    placer = ItemPlacer(bundle)
+    read = bundle.retriever.prompt_builder.query_bank
+    placer.place([ItemRecord(item_id="n0", title="chrome faucet")])
+    assert read(["brackex"]).ids.tolist() == read(["bracket"]).ids.tolist()
+    placer.place([ItemRecord(item_id="n1", title="Brackex lamp")])
+    assert read(["brackex"]).ids.tolist() == builder.query_bank(["brackex"]).ids.tolist()
 
 
 def test_alarms_are_those_of_live_drift_and_sids_that_were_oversize_before_are_not_counted():
