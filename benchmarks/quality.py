@@ -55,6 +55,7 @@ EXPERIMENTS = ("channels", "sids", "large")
 PAPER_SETTING = ("encoder.steps=0", "generator.guided=false", "generator.soft_prompt=false")
 _LARGE = (
     "data.marketplace_size=large",
+    "quantizer.latent_dim=128",
     "quantizer.gamma=0.2",
     "generator.stage1.steps=400",
     "generator.stage2.steps=800",

@@ -22,7 +22,7 @@ import paired_records
 from paired_records import Columns, PairedRecords, Record, markdown_table, mean, origin, require_equal
 
 from genrecall.evaluation.bootstrap import Bootstrap
-from genrecall.evaluation.results_table import row_name, show, show_gain
+from genrecall.evaluation.results_table import CHANNEL_NAMES, row_name, show, show_gain
 
 ALL_QUERIES = "_all_queries"
 TABLES_OF = {
@@ -60,11 +60,18 @@ SIZE = "items_per_sid"
 CUT_ROWS = ("rqvae", "rqvae_resized", "cqsid")
 CUT = "cut1000@beam"
 BEST, NEEDED, SAVED = "best_cut1000_beam", "beam_for_best_cut1000_of_", "beam_saved_vs_"
-CHANNEL_ROWS = ("bm25", "dense", "popularity", "guidance", "generative", "rrf_bm25_dense", "rrf_all")
+CHANNEL_ROWS = tuple(CHANNEL_NAMES)
 RECALLS = ("recall@10", "recall@100")
 ADDED = ("marginal@100", "missed_found@100")
 SLICE_COUNTS = {"marginal@100": "requests", "missed_found@100": "requests_with_misses"}
-CHANNEL_PAIRS = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "bm25"), ("generative", "guidance"))
+CHANNEL_PAIRS = (
+    ("rrf_all", "rrf_bm25_dense"),
+    ("generative", "dense"),
+    ("generative", "bm25"),
+    ("generative", "guidance"),
+    ("rrf_bm25_corrected_dense", "rrf_bm25_dense"),
+    ("rrf_all_corrected", "rrf_bm25_corrected_dense"),
+)
 OURS = "generative"
 MAIN = "cqsid"
 _VERSUS = re.compile(r"(?P<metric>.+)_(?P<kind>gain|misses_gone)_vs_(?P<base>.+)")

@@ -17,9 +17,16 @@ from genrecall.evaluation.evaluated_data import EvaluatedData
 from genrecall.evaluation.evaluation_config import EvaluationConfig
 from genrecall.evaluation.fusion import fuse_by_budget, tune_weights
 from genrecall.evaluation.request_metrics import Tiers
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.storage import Artifact
 
-HYBRIDS = {"rrf_bm25_dense": ("bm25", "dense"), "rrf_all": ("bm25", "dense", "generative")}
+HYBRIDS = {
+    "rrf_bm25_dense": ("bm25", "dense"),
+    "rrf_all": ("bm25", "dense", "generative"),
+    "rrf_bm25_corrected_dense": ("bm25_corrected", "dense"),
+    "rrf_all_corrected": ("bm25_corrected", "dense", "generative"),
+}
+"""Of which channels. Where our channel corrects the spelling of queries, BM25 is measured with corrected queries too, alone and in hybrids: what else our channel adds."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,15 @@ class Channels:
     seconds: dict[str, float]
 
 
-def build_channels(config: EvaluationConfig, data: EvaluatedData, encoder: Artifact, served: np.ndarray, on_validation: np.ndarray) -> Channels:
+def build_channels(
+    config: EvaluationConfig, data: EvaluatedData, encoder: Artifact, served: np.ndarray, on_validation: np.ndarray, spelling: SpellingCorrector | None
+) -> Channels:
     """Search with every channel and fuse.
 
     Args:
         encoder: of the dense channel.
         served, on_validation: our channel's items int32 [R, K] and [V, K], -1 padded, for the test and the validation requests.
+        spelling: what our channel corrects queries by; None where it reads them as typed.
     """
     test: dict[str, np.ndarray] = {}
     tuning: dict[str, np.ndarray] = {}
@@ -56,6 +66,10 @@ def build_channels(config: EvaluationConfig, data: EvaluatedData, encoder: Artif
     if "bm25" in config.channels:
         seconds["bm25"] = per_thousand * (time.perf_counter() - begin)
         test["bm25"], tuning["bm25"] = lexical, bm25.search(data.validation.queries, config.depth)[0]
+        if spelling is not None:
+            test["bm25_corrected"], tuning["bm25_corrected"] = (
+                bm25.search([spelling.corrected(query) for query in requests.queries], config.depth)[0] for requests in (data.requests, data.validation)
+            )
     if "dense" in config.channels:
         text_encoder = load_encoder(encoder.path)
         dense = DenseRetriever(np.load(encoder.file("item_embeddings.npy"), allow_pickle=False), kind=config.dense_index)

@@ -32,7 +32,7 @@ from genrecall.evaluation.stage_searches import Searches, guidance_alone, search
 from genrecall.sid.index import SidIndex, load_index
 from genrecall.storage import Artifact, Stage
 
-ALGORITHM_VERSION = 9
+ALGORITHM_VERSION = 10
 EXISTING = ("bm25", "dense", "rrf_bm25_dense")
 """What a site has without us: marginal recall is what these do not find."""
 
@@ -89,7 +89,7 @@ def evaluate(
     searches = search_variants(config, data, sid_indexes=sid_indexes, generators=generators, encoder_of=encoder_of, aligned=aligned)
     served = served_of(config, data, searches.stages)
     ours = searches.stages[served.stage]
-    channels = build_channels(config, data, encoder, ours.items[:, : config.depth], ours.validated)
+    channels = build_channels(config, data, encoder, ours.items[:, : config.depth], ours.validated, ours.retriever.prompt_builder.spelling)
     rankings = channels.rankings | guidance_alone(config, data, ours)
     indexes = {variant: load_index(artifact.path) for variant, artifact in sid_indexes.items()}
 

@@ -27,6 +27,7 @@ def _gain_pairs(config: EvaluationConfig, results: Results) -> list[tuple[str, s
         pairs += [(table, config.main, row) for row in rows if row not in (config.main, "rqvae") and not row.endswith(f"_{ALIGNED}")]
         pairs.append((table, f"{config.main}_{ALIGNED}", config.main))
     channels = [("generative", base) for base in ("bm25", "dense", "popularity", "guidance")] + [("rrf_all", base) for base in ("rrf_bm25_dense", "bm25")]
+    channels += [("rrf_all_corrected", "rrf_bm25_corrected_dense"), ("rrf_bm25_corrected_dense", "rrf_bm25_dense")]
     return pairs + [("channels", row, base) for row, base in channels]
 
 

@@ -16,6 +16,9 @@ CHANNEL_NAMES = {
     "generative": "generative (ours)",
     "rrf_bm25_dense": "RRF of BM25 + dense",
     "rrf_all": "RRF of BM25 + dense + generative",
+    "bm25_corrected": "BM25, spelling corrected",
+    "rrf_bm25_corrected_dense": "RRF of corrected BM25 + dense",
+    "rrf_all_corrected": "RRF of corrected BM25 + dense + generative",
 }
 _VARIANT_NAMES = {
     "cqsid": "CQ-SID",

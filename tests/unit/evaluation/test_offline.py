@@ -14,6 +14,9 @@ import pytest
 from genrecall.config import ConfigError, apply_overrides
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
+from genrecall.evaluation.baselines import Bm25, document_texts
+from genrecall.evaluation.channels import build_channels
+from genrecall.evaluation.evaluated_data import load_evaluated
 from genrecall.evaluation.evaluation_config import EvaluationConfig
 from genrecall.evaluation.gates import GateConfig, check_gates
 from genrecall.evaluation.leaks import LeakError
@@ -23,6 +26,7 @@ from genrecall.evaluation.records import find, headline_metrics
 from genrecall.evaluation.results_table import results_table, row_name
 from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import load_retriever
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.recipes import MAIN_VARIANT, VARIANTS
 from genrecall.storage import Artifact
 
@@ -49,6 +53,24 @@ def test_every_table_and_row_is_there(metrics: dict[str, Any]) -> None:
     assert metrics["served"] in metrics["validation_recall"]
     assert list(metrics["validation_recall"]) == ["stage2", "stage3", "stage4"]
     assert (metrics["served"], metrics["stage4_falls"]) == ("stage4", {})  # the same weights as stage 3
+
+
+def test_where_our_channel_corrects_queries_bm25_is_measured_with_corrected_ones_too(line: Any) -> None:
+    data = load_evaluated(CONFIG, line.dataset, "real")
+    typed = data.requests.queries[0].split()[0]
+    slip = f"{typed}q"
+    data.requests.queries[0] = data.requests.queries[0].replace(typed, slip)
+    ours = [np.zeros((len(requests), CONFIG.depth), dtype=np.int32) for requests in (data.requests, data.validation)]
+    spelling = SpellingCorrector.of_texts(document_texts(data.catalog) * 3)
+    channels = build_channels(CONFIG, data, line.encoder, *ours, spelling)
+    bm25 = Bm25(document_texts(data.catalog), k1=CONFIG.bm25_k1, b=CONFIG.bm25_b)
+    wanted = bm25.search([data.requests.queries[0].replace(slip, typed), *data.requests.queries[1:]], CONFIG.depth)[0]
+    assert np.array_equal(channels.rankings["bm25_corrected"], wanted)
+    assert not np.array_equal(channels.rankings["bm25"], wanted)
+    assert set(channels.weights) == {"rrf_bm25_dense", "rrf_all", "rrf_bm25_corrected_dense", "rrf_all_corrected"}
+    as_typed = build_channels(CONFIG, data, line.encoder, *ours, None)
+    assert not [row for row in as_typed.rankings if "corrected" in row]
+    assert all(np.array_equal(ranking, channels.rankings[row]) for row, ranking in as_typed.rankings.items())
 
 
 def test_an_aligned_stage_that_harms_what_is_guarded_is_not_served(line: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
