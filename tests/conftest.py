@@ -65,8 +65,8 @@ def untrained_line(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., An
     from genrecall.encoders.towers import NgramTowers
     from genrecall.generator.decoder_config import DecoderConfig
     from genrecall.generator.examples import PromptBuilder
+    from genrecall.generator.lexicon import build_lexicon
     from genrecall.generator.model import Decoder
-    from genrecall.generator.sft import build_lexicon
     from genrecall.generator.tokenizer import QueryTokenizer
     from genrecall.quantization.residual_quantizer import FrozenQuantizer
     from genrecall.registry.bundle import BundleConfig, build_bundle

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from genrecall.data.search_logs import PrepareDataConfig
 from genrecall.encoders.contrastive import EncoderConfig
 from genrecall.evaluation.evaluation_config import EvaluationConfig
-from genrecall.generator.sft import GeneratorConfig, StageConfig
+from genrecall.generator.generator_config import GeneratorConfig, StageConfig
 from genrecall.quantization.cq_sid import QuantizerConfig
 from genrecall.ranking.ranker import RankerConfig
 from genrecall.registry.bundle import BundleConfig

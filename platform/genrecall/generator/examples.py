@@ -210,9 +210,12 @@ class PromptBuilder:
         return self._marked(self.tokenizer.item_id, titles, self.max_title_tokens)
 
     def query_bank(self, queries: Sequence[str]) -> PromptBank:
-        """Token sequences of query prompts, their spelling corrected where the builder does that."""
-        read = queries if self.spelling is None else [self.spelling.corrected(query) for query in queries]
-        return self._marked(self.tokenizer.query_id, read, self.max_query_tokens)
+        """Token sequences of query prompts."""
+        return self._marked(self.tokenizer.query_id, [self.read_as(query) for query in queries], self.max_query_tokens)
+
+    def read_as(self, query: str) -> str:
+        """The query as it becomes tokens: its spelling corrected, where the builder does that."""
+        return query if self.spelling is None else self.spelling.corrected(query)
 
     def request_bank(
         self,

@@ -9,7 +9,7 @@ and with g(i | q) ~ exp s(i) they score SIDs and prefixes: the mass of the items
 h.W[c] + a_l * log g(c | prefix, q): decoder, encoder and words as a product of experts (Hinton 2002). With W at zero it is retrieval by s down
 the trie, exactly; training, which learns a_l too, moves it to where the clicks are. (A prefix's mean vector in place of the sum
 over its items loses a fifth of the recall.) Words are the decoder's own text tokens, so a prompt says all that is needed; those of one stem may count as
-one (`token_stems.py`).
+one (`lexicon.py`, `token_stems.py`).
 
 With feedback the vector is moved towards what it finds: m is the mean of the `FEEDBACK_ITEMS` best items' vectors, weighted by exp s(i), and s is taken again
 with (q + f * m / |m|) scaled to length 1. Items that lie near the best ones, in words the query does not have, are found then. Source: pseudo-relevance feedback in
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from genrecall.generator.lexicon import Lexicon
 from genrecall.sid.trie import Trie
 
 _LEAST = 1e-30
@@ -45,9 +46,6 @@ LARGEST_SPREAD = 69.0
 FEEDBACK_ITEMS = 40
 """Best items whose vectors feedback reads, at most."""
 
-LEXICON_TOKENS = 128
-"""Tokens of an item's text that its lexicon entry is made of, at most."""
-
 
 class Guide(NamedTuple):
     """a_l * log g of each token given its prefix: level1 [B, A1], nodes2 [B, N2], leaves [B, S]."""
@@ -55,40 +53,6 @@ class Guide(NamedTuple):
     level1: Tensor
     nodes2: Tensor
     leaves: Tensor
-
-
-class Lexicon(NamedTuple):
-    """Which text tokens each item holds, and what a token is worth.
-
-    item_offsets: int32 [N + 1]. item_tokens: int32 [E], distinct within an item, ascending. token_idf: float32 [V], 0 for a token that no item holds.
-    token_stems: int32 [V], the token that each one counts as; the rest is in terms of those.
-    """
-
-    item_offsets: Tensor
-    item_tokens: Tensor
-    token_idf: Tensor
-    token_stems: Tensor
-
-    @classmethod
-    def build(
-        cls,
-        ids: NDArray[np.integer],
-        offsets: NDArray[np.integer],
-        vocab_size: int,
-        counted: NDArray[np.bool_],
-        stems: NDArray[np.int32] | None = None,
-    ) -> Lexicon:
-        """From the token ids of N items' texts, one after the other, `offsets` [N + 1]; frequencies are those of the items `counted` [N]; `stems` as `token_stems`, None: each token counts as itself."""
-        stems = np.arange(vocab_size, dtype=np.int32) if stems is None else stems
-        ids = stems[ids]
-        owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))
-        keys = np.unique(owner * vocab_size + ids)
-        owner, tokens = keys // vocab_size, keys % vocab_size
-        frequency = np.bincount(tokens[counted[owner]], minlength=vocab_size)
-        idf = np.where(frequency > 0, np.log1p((counted.sum() - frequency + 0.5) / (frequency + 0.5)), 0.0)
-        item_offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(offsets) - 1))])
-        arrays = (item_offsets.astype(np.int32), tokens.astype(np.int32), idf.astype(np.float32), stems)
-        return cls(*(torch.from_numpy(array) for array in arrays))
 
 
 class Guidance(nn.Module):

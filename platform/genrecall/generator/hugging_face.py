@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genrecall.config import ConfigError, from_dict, to_dict
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.model import Decoder
 
 FORMAT_VERSION = 1

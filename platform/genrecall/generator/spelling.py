@@ -30,7 +30,7 @@ _LEAST_ITEMS_OF_HALF, _LEAST_LETTERS_OF_HALF = 10, 3
 """What each of two words must have to be found in one."""
 
 _MOST_WORDS = 50_000
-"""Words that are looked through, those that most items hold: about a millisecond for a misspelt word."""
+"""Words that are looked through for a misspelt one, those that most items hold."""
 
 _MOST_CORRECTIONS = 8
 """Misspelt words of a text that are looked up, the first ones."""

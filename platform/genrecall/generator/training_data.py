@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from genrecall.encoders.text_encoder import TextEncoder
 from genrecall.generator.beam_search import beam_search
 from genrecall.generator.corruption import corrupt, short_text
 from genrecall.generator.examples import ExampleSet, PromptBank, PromptBuilder, aggregate_targets, level1_centroids
+from genrecall.generator.generator_config import GeneratorConfig
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.generator.spelling import SpellingCorrector
@@ -29,9 +29,6 @@ from genrecall.generator.support import Support
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.sid.semantic_id import SidTable
 from genrecall.sid.trie import Trie
-
-if TYPE_CHECKING:
-    from genrecall.generator.sft import GeneratorConfig
 
 _MAX_VARIANTS = 16
 """Texts made for an item, at most, of each kind."""

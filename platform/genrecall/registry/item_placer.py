@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genrecall.encoders.embed import compose_item_text
-from genrecall.generator.guidance import LEXICON_TOKENS
+from genrecall.generator.lexicon import LEXICON_TOKENS
 from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.bundle import Bundle
 from genrecall.registry.catalogue_records import ItemRecord

@@ -211,6 +211,9 @@ class RecallResponse(Message):
         description="load, deadline: a narrower beam; filters: the bundle cannot search within them, so what fails was only taken out afterwards; "
         "history: none of its items is known, or the generator does not read it",
     )
+    read_as: str | None = Field(
+        default=None, description="the query with its spelling corrected; only where the request asks to explain and there was something to correct"
+    )
 
 
 class RecallBatchResponse(Message):

@@ -105,6 +105,9 @@ function show(answer, milliseconds) {
   const degraded = column.querySelector(".degraded");
   degraded.hidden = !answer.degraded;
   degraded.textContent = `degraded: ${(answer.degraded_by || []).join(", ")}`;
+  const readAs = column.querySelector(".read-as");
+  readAs.hidden = !answer.read_as;
+  readAs.textContent = `read as: ${answer.read_as}`;
   const sids = answer.sids.slice(0, MOST_SIDS);
   showBranch(column, column.querySelector(".tree"), grown(sids), 0, sids.length ? Math.exp(sids[0].score) : 1);
   showItems(column, answer);

@@ -139,7 +139,7 @@ class Timings(_message.Message):
     def __init__(self, generate_ms: _Optional[float] = ..., expand_ms: _Optional[float] = ..., batch_size: _Optional[int] = ..., cached: _Optional[bool] = ...) -> None: ...
 
 class RecallResponse(_message.Message):
-    __slots__ = ("items", "sids", "beam_size", "versions", "timings", "degraded", "degraded_by")
+    __slots__ = ("items", "sids", "beam_size", "versions", "timings", "degraded", "degraded_by", "read_as")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     SIDS_FIELD_NUMBER: _ClassVar[int]
     BEAM_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class RecallResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_BY_FIELD_NUMBER: _ClassVar[int]
+    READ_AS_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RecalledItem]
     sids: _containers.RepeatedCompositeFieldContainer[RecalledSid]
     beam_size: int
@@ -154,7 +155,8 @@ class RecallResponse(_message.Message):
     timings: Timings
     degraded: bool
     degraded_by: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, items: _Optional[_Iterable[_Union[RecalledItem, _Mapping]]] = ..., sids: _Optional[_Iterable[_Union[RecalledSid, _Mapping]]] = ..., beam_size: _Optional[int] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., degraded: _Optional[bool] = ..., degraded_by: _Optional[_Iterable[str]] = ...) -> None: ...
+    read_as: str
+    def __init__(self, items: _Optional[_Iterable[_Union[RecalledItem, _Mapping]]] = ..., sids: _Optional[_Iterable[_Union[RecalledSid, _Mapping]]] = ..., beam_size: _Optional[int] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., degraded: _Optional[bool] = ..., degraded_by: _Optional[_Iterable[str]] = ..., read_as: _Optional[str] = ...) -> None: ...
 
 class RecallBatchResponse(_message.Message):
     __slots__ = ("answers",)

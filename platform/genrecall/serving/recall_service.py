@@ -186,8 +186,18 @@ def _answer_equal(served: ServedBundle, requests: list[RecallRequest], beam_size
                 rows.tolist(), row_scores.tolist(), retriever.index.sizes(rows).tolist(), bundle.labels.made_before(rows), strict=True
             )
         ]
+        read = retriever.prompt_builder.read_as(request.query) if request.explain else request.query
         answers.append(
-            RecallResponse(items=items, sids=sids, beam_size=beam_size, versions=served.versions, timings=timings, degraded=bool(why), degraded_by=why)
+            RecallResponse(
+                items=items,
+                sids=sids,
+                beam_size=beam_size,
+                versions=served.versions,
+                timings=timings,
+                degraded=bool(why),
+                degraded_by=why,
+                read_as=read if read != request.query else None,
+            )
         )
     return answers
 

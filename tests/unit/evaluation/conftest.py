@@ -22,8 +22,10 @@ from genrecall.encoders.embed import embed_catalog, item_text, load_item_embeddi
 from genrecall.encoders.text_encoder import load_encoder, save_towers
 from genrecall.encoders.towers import NgramTowers
 from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.generator_config import GeneratorConfig
+from genrecall.generator.lexicon import build_lexicon
 from genrecall.generator.model import Decoder
-from genrecall.generator.sft import GeneratorConfig, build_decoder, build_lexicon, train_tokenizer
+from genrecall.generator.sft import build_decoder, train_tokenizer
 from genrecall.generator.training_data import make_prompt_builder
 from genrecall.sid.index import SidIndex, load_index, load_sid_table
 from genrecall.sid.semantic_id import SidSpace, SidTable

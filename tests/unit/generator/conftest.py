@@ -14,9 +14,9 @@ from genrecall.data.interactions import Requests
 from genrecall.encoders.embed import item_text
 from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.examples import PromptBuilder
+from genrecall.generator.lexicon import build_lexicon
 from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import Retriever
-from genrecall.generator.sft import build_lexicon
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.sid.index import SidIndex
 from genrecall.sid.semantic_id import SidSpace, SidTable

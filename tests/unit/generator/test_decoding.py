@@ -21,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, Qwen2ForCausalLM
 from genrecall.generator.beam_search import _Search, beam_search
 from genrecall.generator.decoder_config import DecoderConfig
 from genrecall.generator.group_sampling import sample_group
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.generator.prefix_masks import PrefixMasks

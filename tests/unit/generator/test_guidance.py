@@ -15,7 +15,8 @@ from torch import Tensor
 
 from genrecall.generator.beam_search import beam_search
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.guidance import FEEDBACK_ITEMS, LARGEST_SPREAD, Guidance, Guide, Lexicon, log_guide
+from genrecall.generator.guidance import FEEDBACK_ITEMS, LARGEST_SPREAD, Guidance, Guide, log_guide
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.sid.trie import Trie

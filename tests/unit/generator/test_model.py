@@ -13,8 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from genrecall.config import ConfigError
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.guidance import Lexicon
 from genrecall.generator.hugging_face import ModelFolderError
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import PromptError, Prompts
 

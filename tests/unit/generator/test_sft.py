@@ -15,15 +15,13 @@ from genrecall.data.interactions import known_at_split
 from genrecall.encoders.embed import item_text
 from genrecall.generator.calibration import weighted_decoder
 from genrecall.generator.examples import Batches, ExampleSet
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.generator_config import GeneratorConfig, StageConfig
+from genrecall.generator.lexicon import Lexicon, build_lexicon
 from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import Retriever
 from genrecall.generator.sft import (
-    GeneratorConfig,
-    StageConfig,
     _validate,
     build_decoder,
-    build_lexicon,
     learning_rate_schedule,
     sft_loss,
     train_tokenizer,

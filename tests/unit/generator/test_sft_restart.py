@@ -15,7 +15,8 @@ from genrecall.config import to_dict
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.generator import sft
-from genrecall.generator.sft import GeneratorConfig, StageConfig, train_tokenizer
+from genrecall.generator.generator_config import GeneratorConfig, StageConfig
+from genrecall.generator.sft import train_tokenizer
 
 STAGE = StageConfig(steps=3, batch_size=4, learning_rate=1e-3, warmup_steps=1)
 CONFIG = GeneratorConfig(

@@ -12,7 +12,7 @@ import torch
 
 from genrecall.config import to_dict
 from genrecall.generator.decoder_config import DecoderConfig
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.rl.feedback import CLICKED, EXPOSED, Feedback

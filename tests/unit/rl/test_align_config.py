@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from genrecall.config import ConfigError, apply_overrides, from_dict, to_dict
-from genrecall.generator.sft import GeneratorConfig
+from genrecall.generator.generator_config import GeneratorConfig
 from genrecall.rl.align_config import AlignConfig, AlignError, check_cluster
 from genrecall.train_worker import TrainSettings
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.ranking.ranker import RankerError
 from genrecall.rl import eg_grpo

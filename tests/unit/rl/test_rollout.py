@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from genrecall.generator.guidance import Lexicon
+from genrecall.generator.lexicon import Lexicon
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.rl.rollout import Rollout, RolloutActor, RolloutConfig, RolloutWorker, weights_of
 

@@ -151,6 +151,7 @@ responses = build(
     timings=build(Timings, generate_ms=number, expand_ms=number, batch_size=count, cached=st.booleans()),
     degraded=st.booleans(),
     degraded_by=st.lists(st.sampled_from(["load", "deadline", "filters", "history"]), max_size=4),
+    read_as=optional(text),
 )
 upserts = build(
     ItemUpsert, item_id=st.from_regex(r"[a-z0-9]{1,8}", fullmatch=True), title=name, price=optional(st.floats(allow_nan=False, allow_infinity=False))

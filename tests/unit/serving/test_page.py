@@ -65,7 +65,8 @@ class Backend:
         timings = Timings(generate_ms=4.2, expand_ms=0.1, batch_size=1, cached=request.query == "again")
         why = ["load", "deadline"] if request.query == "hurry" else []
         versions = CHALLENGER if request.version == "challenger" else VERSIONS
-        return RecallResponse(items=items, sids=sids, beam_size=20, versions=versions, timings=timings, degraded=bool(why), degraded_by=why)
+        read_as = f"hurry {EVIL}" if why else None
+        return RecallResponse(items=items, sids=sids, beam_size=20, versions=versions, timings=timings, degraded=bool(why), degraded_by=why, read_as=read_as)
 
     def ready(self):
         return True
@@ -177,6 +178,7 @@ def test_a_search_is_shown_as_a_tree_with_items_and_latency(url, tmp_path):
     assert f"{100 * math.exp(-0.8):.1f} % × {100 * math.exp(-0.6):.1f} %" in page
     assert len(re.findall(r'<tr[^>]*data-sid="&lt;0,0,7&gt;"|<tr[^>]*data-sid="<0,0,7>"', page)) == 2
     assert re.search('class="degraded" hidden', page)
+    assert re.search('class="dim read-as" hidden', page)
 
 
 def test_hostile_titles_labels_and_queries_stay_text(url, backend, tmp_path):
@@ -218,6 +220,7 @@ def test_typing_a_query_and_picking_a_shopper_asks_for_them(tab, backend):
     assert tab("location.search") == "?q=garden+hose&gender=m&age_band=18-24"
     tab("document.getElementById('query').value = 'hurry'; document.getElementById('form').requestSubmit()")
     tab.until("document.querySelector('.degraded').textContent === 'degraded: load, deadline' && !document.querySelector('.degraded').hidden")
+    assert tab("document.querySelector('.read-as').hidden ? '' : document.querySelector('.read-as').textContent") == f"read as: hurry {EVIL}"
     assert tab("document.querySelectorAll('.column').length") == 1
 
 

@@ -11,6 +11,7 @@ import math
 import httpx
 import pytest
 
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.versions import Version
 from genrecall.serving.api import create_app
@@ -93,6 +94,13 @@ def test_a_batch_of_filtered_and_other_requests_answers_each_as_alone(served):
     assert {item.category_path[1] for item in together[0].items} == {"deck screw"}
     assert len(together[0].items) > 0
     assert together[4].items == together[4].sids == []
+
+
+def test_an_explained_answer_says_what_the_query_was_read_as(served, monkeypatch):
+    monkeypatch.setattr(served.bundle.retriever.prompt_builder, "spelling", SpellingCorrector({"garden": 9, "hose": 9}))
+    asked = [request("Gardn hose", explain=True), request("Gardn hose"), request("garden hose", explain=True)]
+    slip, unexplained, right = answer_batch(served, asked, (5, 5, 5))
+    assert (slip.read_as, unexplained.read_as, right.read_as) == ("garden hose", None, None)
 
 
 def test_an_explained_item_is_its_sids_probability_times_its_share(served):
