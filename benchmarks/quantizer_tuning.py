@@ -1,10 +1,10 @@
-"""The baseline's own tuning: RQ-VAE under other settings than the recipe's, on validation requests, beside CQ-SID under the recipe's.
+"""Tuning of the SIDs on validation requests: RQ-VAE under other settings than the recipe's, beside CQ-SID under the recipe's, and CQ-SID's gamma.
 
     python benchmarks/quantizer_tuning.py [--datasets marketplace amazon_scientific] [--seeds 0] [--settings ...] [--collect-only]
 
-CQ-SID's gamma was chosen on validation requests; here RQ-VAE gets as many tries with what it has itself: learning rate, steps, commitment, width of the
+RQ-VAE gets as many tries as CQ-SID's gamma, with what it has itself: learning rate, steps, commitment, width of the
 latents. What helps it is tried with CQ-SID too, and was taken over by both in the experiment `sids` of quality.py: latents of 128, where the settings
-below start from 64. Everything else is that experiment: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
+below start from 64. Gammas are tried with those. Everything else is that experiment: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
 alone is searched with. Settings are compared by clk@N and hit@items of validation requests, paired; the test requests are not read.
 
 All runs of a data set and seed share the home `GENRECALL_HOME/quality/DATASET/seedK/tuning/`, and dataset and encoder of the experiment `sids` where
@@ -52,7 +52,9 @@ class Setting(NamedTuple):
 
 
 BASE, OURS = "rqvae", "cqsid"
-_START = ("quantizer.latent_dim=64",)
+WIDE, WITHOUT_QUERY = "rqvae_latent128", "cqsid_without_query"
+GAMMAS = (0.05, 0.2, 1.0)
+_START, _WIDE = ("quantizer.latent_dim=64",), ("quantizer.latent_dim=128",)
 SETTINGS: Mapping[str, Setting] = {
     BASE: Setting("rqvae", _START),
     "rqvae_rate0.0003": Setting("rqvae", (*_START, "quantizer.learning_rate=3e-4")),
@@ -60,16 +62,24 @@ SETTINGS: Mapping[str, Setting] = {
     "rqvae_steps1800": Setting("rqvae", (*_START, "quantizer.steps=1800")),
     "rqvae_beta0.25": Setting("rqvae", (*_START, "quantizer.beta=0.25")),
     "rqvae_latent32": Setting("rqvae", ("quantizer.latent_dim=32",)),
-    "rqvae_latent128": Setting("rqvae", ("quantizer.latent_dim=128",)),
+    WIDE: Setting("rqvae", _WIDE),
     OURS: Setting("cqsid", _START),
-    "cqsid_latent128": Setting("cqsid", ("quantizer.latent_dim=128",)),
+    "cqsid_latent128": Setting("cqsid", _WIDE),
+    WITHOUT_QUERY: Setting("cqsid_without_query", _WIDE),
+    **{f"cqsid_gamma{gamma}": Setting("cqsid", (*_WIDE, f"quantizer.gamma={gamma}")) for gamma in GAMMAS},
 }
 SHORTER = ("generator.stage3.steps=1", "generator.validation_requests=0")
 """Stage 3 reads the shopper, which is not compared here."""
 REQUESTS = 3_000
 BEAMS, BUDGETS = (1, 10, 100), (10, 100)
 COLUMNS = (*(f"clk@{beam}" for beam in BEAMS), *(f"hit@items{budget}" for budget in BUDGETS))
-TABLE = "quantizer_tuning"
+_OF_GAMMA = (WIDE, WITHOUT_QUERY, *(name for name in SETTINGS if "gamma" in name))
+TABLES: Mapping[str, tuple[str, ...]] = {
+    "quantizer_tuning": tuple(name for name in SETTINGS if name == WIDE or name not in _OF_GAMMA),
+    "gamma": _OF_GAMMA,
+}
+"""The settings of each table; there is none without the first of them."""
+TITLES = {"quantizer_tuning": "RQ-VAE's own tuning", "gamma": "CQ-SID's gamma"}
 
 
 class SettingPipeline(Pipeline):
@@ -135,15 +145,15 @@ def measure_once(line: Pipeline, variant: str, file: Path, now: str) -> None:
     print(f"measured {file.stem} on {len(requests):,} validation requests", flush=True)
 
 
-def collect(dataset: str, seeds: Sequence[int], root: Path) -> list[Record]:
-    """The records of the settings that every seed has measured; none where RQ-VAE's own is missing.
+def collect(dataset: str, table: str, seeds: Sequence[int], root: Path) -> list[Record]:
+    """The records of a table's settings that every seed has measured; none where its first is missing or alone.
 
     Raises:
         CollectionError: seeds or settings that were measured on different requests.
     """
     homes = [home_of(root, dataset, seed) / "measured" for seed in seeds]
-    names = [name for name in SETTINGS if all((home / f"{name}.json").exists() for home in homes)]
-    if BASE not in names:
+    names = [name for name in TABLES[table] if all((home / f"{name}.json").exists() for home in homes)]
+    if TABLES[table][0] not in names or len(names) < 2:
         return []
     arrays = {name: [read_arrays(home / f"{name}.npz") for home in homes] for name in names}
     facts = {name: [json.loads((home / f"{name}.json").read_text()) for home in homes] for name in names}
@@ -153,30 +163,43 @@ def collect(dataset: str, seeds: Sequence[int], root: Path) -> list[Record]:
     tail = "" if tuple(seeds) == (0,) else f" --seeds {' '.join(map(str, seeds))}"
     made_at = commits(fact["commit"] for name in names for fact in facts[name])
     maker = PairedRecords(dataset, len(homes), f"python benchmarks/quantizer_tuning.py --datasets {dataset}{tail}", made_at)
-    records = maker.means(TABLE, columns, [(name, metric) for name in names for metric in COLUMNS])
-    records += maker.gains(TABLE, columns, pairs(names), COLUMNS)
-    records += [maker.record(TABLE, name, "items_per_sid", float(np.mean([fact["items_per_sid"] for fact in facts[name]]))) for name in names]
-    return [*records, maker.record(TABLE, "all", "requests", len(next(iter(ids.values()))))]
+    records = maker.means(table, columns, [(name, metric) for name in names for metric in COLUMNS])
+    records += maker.gains(table, columns, pairs(table, names), COLUMNS)
+    records += [maker.record(table, name, "items_per_sid", float(np.mean([fact["items_per_sid"] for fact in facts[name]]))) for name in names]
+    return [*records, maker.record(table, "all", "requests", len(next(iter(ids.values()))))]
 
 
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(row, base) of the gains: every setting over RQ-VAE's own, CQ-SID over every RQ-VAE, its other settings over its own and over RQ-VAE under the same change."""
-    ours = [name for name in names if SETTINGS[name].variant == OURS and name != OURS]
-    found = [(name, BASE) for name in names if name != BASE]
-    found += [(OURS, name) for name in names if SETTINGS[name].variant == BASE and name != BASE]
-    found += [(name, base) for name in ours for base in (OURS, name.replace(OURS, BASE))]
+def pairs(table: str, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(row, base) of the gains.
+
+    Of RQ-VAE's tuning: every setting over RQ-VAE's own, CQ-SID over every RQ-VAE, its other settings over its own and over RQ-VAE under the same change. Of gamma: all over RQ-VAE and over none.
+    """
+    first = TABLES[table][0]
+    found = [(name, first) for name in names if name != first]
+    if table == "gamma":
+        found += [(name, WITHOUT_QUERY) for name in names if name not in (WIDE, WITHOUT_QUERY)]
+    else:
+        ours = [name for name in names if SETTINGS[name].variant == OURS and name != OURS]
+        found += [(OURS, name) for name in names if SETTINGS[name].variant == BASE and name != BASE]
+        found += [(name, base) for name in ours for base in (OURS, name.replace(OURS, BASE))]
     return [(name, base) for name, base in found if {name, base} <= set(names)]
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Values, and the gains of `pairs`."""
-    found = {(record["row"], record["metric"]): record for record in records}
-    rows = [name for name in SETTINGS if (name, COLUMNS[0]) in found]
-    counted = found["all", "requests"]
-    values = [[name, f"{found[name, 'items_per_sid']['value']:.2f}", *(_shown(found[name, metric], "{:.3f}") for metric in COLUMNS)] for name in rows]
-    blocks = [origin(counted, counted), markdown_table(["", "items/SID", *COLUMNS], values)]
-    gains = [[f"{name} over {base}", *(_shown(found[name, f"{metric}_gain_vs_{base}"], "{:+.1%}") for metric in COLUMNS)] for name, base in pairs(rows)]
-    return "\n\n".join([*blocks, markdown_table(["", *COLUMNS], gains)]) + "\n"
+    """Values and gains of a data set's tables."""
+    blocks = []
+    for table in TABLES:
+        found = {(record["row"], record["metric"]): record for record in records if record["table"] == table}
+        rows = [name for name in TABLES[table] if (name, COLUMNS[0]) in found]
+        if not rows:
+            continue
+        counted = found["all", "requests"]
+        values = [[name, f"{found[name, 'items_per_sid']['value']:.2f}", *(_shown(found[name, metric], "{:.3f}") for metric in COLUMNS)] for name in rows]
+        gains = [
+            [f"{name} over {base}", *(_shown(found[name, f"{metric}_gain_vs_{base}"], "{:+.1%}") for metric in COLUMNS)] for name, base in pairs(table, rows)
+        ]
+        blocks += [f"### {TITLES[table]}", origin(counted, counted), markdown_table(["", "items/SID", *COLUMNS], values), markdown_table(["", *COLUMNS], gains)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def _shown(record: Record, form: str) -> str:
@@ -203,17 +226,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for dataset in options.datasets if not options.collect_only else ():
             for seed in options.seeds:
                 run(dataset, seed, options.settings, where)
-        found = {dataset: collect(dataset, options.seeds, Path(where.home)) for dataset in options.datasets}
+        found = {(dataset, table): collect(dataset, table, options.seeds, Path(where.home)) for dataset in options.datasets for table in TABLES}
     except (ConfigError, CollectionError) as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted; run the same command again to go on\n")
-    fresh = {dataset: made for dataset, made in found.items() if made}
+    fresh = {place: made for place, made in found.items() if made}
     if not fresh:
         raise SystemExit(f"nothing to collect under {where.home}/quality; run without --collect-only first")
     old = json.loads(options.output.read_text()) if options.output.exists() else []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    records = merged([record for made in fresh.values() for record in made], old, [(dataset, TABLE) for dataset in fresh])
+    records = merged([record for made in fresh.values() for record in made], old, fresh)
     options.output.write_text(to_json(records))
     datasets = dict.fromkeys(record["dataset"] for record in records)
     text = "\n".join(f"## {dataset}\n\n{markdown([record for record in records if record['dataset'] == dataset])}" for dataset in datasets)

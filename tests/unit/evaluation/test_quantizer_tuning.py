@@ -68,11 +68,11 @@ def write(home: Path, name: str, hits: Sequence[float], ids: Sequence[str] = ("a
 def test_table_has_the_gains_over_rqvaes_own_setting_and_cqsids_over_each(bench: ModuleType, tmp_path: Path) -> None:
     home = bench.home_of(tmp_path, "marketplace", 0) / "measured"
     write(home, "cqsid", [1, 1])
-    assert bench.collect("marketplace", [0], tmp_path) == []  # without RQ-VAE's own there is nothing to compare with
+    assert bench.collect("marketplace", "quantizer_tuning", [0], tmp_path) == []  # without RQ-VAE's own there is nothing to compare with
     write(home, "rqvae", [1, 0])
     write(home, "rqvae_latent32", [0.5, 1])
     write(home, "cqsid_latent128", [1, 0.5])
-    records = bench.collect("marketplace", [0], tmp_path)
+    records = bench.collect("marketplace", "quantizer_tuning", [0], tmp_path)
     values = {(one["row"], one["metric"]): one["value"] for one in records}
     assert values["all", "requests"] == 2
     assert values["rqvae_latent32", "hit@items10"] == 0.75
@@ -84,14 +84,14 @@ def test_table_has_the_gains_over_rqvaes_own_setting_and_cqsids_over_each(bench:
     assert "| rqvae_latent32 over rqvae | +50.0% (" in text
     assert "| cqsid over rqvae_latent32 | +33.3% (" in text
     assert "| cqsid_latent128 over cqsid | -25.0% (" in text
-    assert text.startswith("1 seed, 2 requests")
+    assert text.startswith("### RQ-VAE's own tuning\n\n1 seed, 2 requests")
     write(home, "rqvae_latent32", [0.5, 1], ids=("a", "x"))
     with pytest.raises(bench.CollectionError, match="measured other requests than"):
-        bench.collect("marketplace", [0], tmp_path)
+        bench.collect("marketplace", "quantizer_tuning", [0], tmp_path)
 
 
 def test_a_change_that_both_sides_have_is_compared_under_it(bench: ModuleType) -> None:
-    assert bench.pairs(["rqvae", "rqvae_latent128", "cqsid", "cqsid_latent128"]) == [
+    assert bench.pairs("quantizer_tuning", ["rqvae", "rqvae_latent128", "cqsid", "cqsid_latent128"]) == [
         ("rqvae_latent128", "rqvae"),
         ("cqsid", "rqvae"),
         ("cqsid_latent128", "rqvae"),
@@ -99,7 +99,24 @@ def test_a_change_that_both_sides_have_is_compared_under_it(bench: ModuleType) -
         ("cqsid_latent128", "cqsid"),
         ("cqsid_latent128", "rqvae_latent128"),
     ]
-    assert bench.pairs(["rqvae", "cqsid_latent128"]) == [("cqsid_latent128", "rqvae")]
+    assert bench.pairs("quantizer_tuning", ["rqvae", "cqsid_latent128"]) == [("cqsid_latent128", "rqvae")]
+
+
+def test_gammas_are_a_table_of_their_own_over_rqvae_and_over_none(bench: ModuleType, tmp_path: Path) -> None:
+    home = bench.home_of(tmp_path, "marketplace", 0) / "measured"
+    for name, hits in (("rqvae_latent128", [1, 0]), ("cqsid_without_query", [1, 0.5]), ("cqsid_gamma0.2", [1, 1])):
+        write(home, name, hits)
+    assert bench.collect("marketplace", "quantizer_tuning", [0], tmp_path) == []
+    records = bench.collect("marketplace", "gamma", [0], tmp_path)
+    values = {(one["row"], one["metric"]): one["value"] for one in records if one["table"] == "gamma"}
+    assert values["cqsid_gamma0.2", "clk@1_gain_vs_rqvae_latent128"] == 1.0
+    assert values["cqsid_gamma0.2", "clk@1_gain_vs_cqsid_without_query"] == pytest.approx(1 / 3)
+    assert values["cqsid_without_query", "clk@1_gain_vs_rqvae_latent128"] == 0.5
+    write(home, "rqvae", [1, 0])
+    both = records + bench.collect("marketplace", "quantizer_tuning", [0], tmp_path)
+    assert [line for line in bench.markdown(both).splitlines() if line.startswith("#")] == ["### RQ-VAE's own tuning", "### CQ-SID's gamma"]
+    for gamma in bench.GAMMAS:
+        assert line(bench, f"cqsid_gamma{gamma}").recipe.quantizer_of("cqsid").gamma == gamma
 
 
 def test_collecting_keeps_other_data_sets_records(
@@ -112,7 +129,7 @@ def test_collecting_keeps_other_data_sets_records(
     home = bench.home_of(tmp_path, "marketplace", 0) / "measured"
     write(home, "rqvae", [1, 0])
     write(home, "cqsid", [1, 1])
-    others = [one | {"dataset": "amazon_scientific"} for one in bench.collect("marketplace", [0], tmp_path)]
+    others = [one | {"dataset": "amazon_scientific"} for one in bench.collect("marketplace", "quantizer_tuning", [0], tmp_path)]
     output.parent.mkdir()
     output.write_text(json.dumps(others))
     bench.main(["--collect-only", "--output", str(output)])
