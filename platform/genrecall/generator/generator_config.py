@@ -43,6 +43,7 @@ class GeneratorConfig:
             query and item share (0: not at all).
         guide_stemmer: Snowball's name of the catalogue's language, e.g. "english": words of one stem are the same word there; "" compares them as they are.
         guide_feedback: how far a query's vector is moved there towards the items that it finds first (0: not at all).
+        guide_weight_steps: steps in which the tokens' weights are learnt from the clicks of training queries, see `token_weights.py`; 0: they are worth their idf.
         correct_spelling: correct the words of a query by those of the catalogue before they become tokens, see `spelling.py`.
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
@@ -70,6 +71,7 @@ class GeneratorConfig:
     guide_lexical: float = 4.0
     guide_stemmer: str = ""
     guide_feedback: float = 0.0
+    guide_weight_steps: int = 0
     correct_spelling: bool = False
     max_query_tokens: int = 24
     max_title_tokens: int = 32
@@ -118,7 +120,11 @@ class GeneratorConfig:
             found.append("guided: needs the query vectors that soft_prompt=true brings; set guided=false too")
         if self.guide_sharpness <= 0:
             found.append(f"guide_sharpness: must be positive, got {self.guide_sharpness}; guided=false switches guidance off")
-        found += [f"{name}: must not be negative, got {getattr(self, name)}" for name in ("guide_lexical", "guide_feedback") if getattr(self, name) < 0]
+        found += [
+            f"{name}: must not be negative, got {getattr(self, name)}"
+            for name in ("guide_lexical", "guide_feedback", "guide_weight_steps")
+            if getattr(self, name) < 0
+        ]
         if self.guide_stemmer and self.guide_stemmer not in LANGUAGES:
             found.append(f"guide_stemmer: expected one of {', '.join(LANGUAGES)}, or none, got {self.guide_stemmer!r}")
         if self.guided and 2 * self.guide_sharpness + self.guide_lexical > LARGEST_SPREAD:
@@ -127,8 +133,10 @@ class GeneratorConfig:
                 f"precision, got {self.guide_sharpness} and {self.guide_lexical}"
             )
         defaults = GeneratorConfig.__dataclass_fields__
-        idle: dict[str, tuple[str, ...]] = {"guided=false": () if self.guided else ("guide_sharpness", "guide_lexical", "guide_stemmer", "guide_feedback")}
-        idle["guide_lexical=0"] = () if self.guide_lexical or not self.guided else ("guide_stemmer",)
+        idle: dict[str, tuple[str, ...]] = {
+            "guided=false": () if self.guided else ("guide_sharpness", "guide_lexical", "guide_stemmer", "guide_feedback", "guide_weight_steps")
+        }
+        idle["guide_lexical=0"] = () if self.guide_lexical or not self.guided else ("guide_stemmer", "guide_weight_steps")
         idle["soft_prompt=false"] = () if self.soft_prompt else ("soft_prompt_tokens", "query_vector_drop")
         found += [
             f"{name}: has no effect with {switch}; leave it out"

@@ -23,7 +23,6 @@ level-2 nodes, A1 level-1 alphabet, d encoder dimensions, m chosen items.
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -98,6 +97,11 @@ class Guidance(nn.Module):
         self.token_idf[: len(lexicon.token_idf)].copy_(lexicon.token_idf)
         self.token_stems[: len(lexicon.token_stems)].copy_(lexicon.token_stems)
 
+    @property
+    def lexicon(self) -> Lexicon:
+        """The lexicon that is set, in single precision; there is none without words."""
+        return Lexicon(self.item_offsets, self.item_tokens, self.token_idf.float(), self.token_stems)
+
     def lexicon_ids(self, token_ids: NDArray[np.integer]) -> NDArray[np.integer]:
         """Text token ids int [T] as the lexicon counts them."""
         return self.token_stems.cpu().numpy()[token_ids] if self.lexical_weight else token_ids
@@ -116,7 +120,7 @@ class Guidance(nn.Module):
     def _item_logits(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> tuple[Tensor, Tensor | None]:
         """s float32 [N, B], which takes half the time of [B, N] and whose sums run over rows; and the query vectors after feedback."""
         vectors = trie.guide_vectors
-        words = self.lexical_weight * (self._held_tokens() @ self._token_shares(token_ids, lengths).T) if self.lexical_weight else 0.0
+        words = self.lexical_weight * (self.lexicon.held() @ self.lexicon.shares(token_ids, lengths).T) if self.lexical_weight else 0.0
         logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T) + words
         if not self.feedback:
             return logits, None
@@ -129,23 +133,6 @@ class Guidance(nn.Module):
         weights = best.values.softmax(dim=1)
         mean = torch.bmm(weights[:, None].to(vectors.dtype), vectors[best.indices])[:, 0].to(query_vectors.dtype)
         return normalize(query_vectors + self.feedback * normalize(mean, dim=1), dim=1)
-
-    def _held_tokens(self) -> Tensor:
-        """[N, V], 1 where an item holds a token, as a sparse matrix."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # what is used of it is tested
-            ones = torch.ones(len(self.item_tokens), device=self.item_tokens.device)
-            shape = (len(self.item_offsets) - 1, len(self.token_idf))
-            return torch.sparse_csr_tensor(self.item_offsets, self.item_tokens, ones, shape, check_invariants=False)
-
-    def _token_shares(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
-        """The share of each prompt's idf mass that each token has, float32 [B, V]; markers and SIDs have none, repeated tokens count once."""
-        vocab = len(self.token_idf)
-        text = (token_ids < vocab) & (torch.arange(token_ids.shape[1], device=token_ids.device) < lengths[:, None])
-        counted = self.token_stems[torch.where(text, token_ids, 0)].long()
-        present = torch.zeros(len(token_ids), vocab + 1, device=token_ids.device).scatter_(1, torch.where(text, counted, vocab), 1.0)[:, :vocab]
-        mass = present * self.token_idf.float()
-        return mass / mass.sum(dim=1, keepdim=True).clamp(min=1e-6)
 
     @torch.no_grad()
     def logits_of_items(self, query_vector: Tensor, token_ids: Tensor, positions: Tensor, trie: Trie) -> Tensor:
@@ -169,7 +156,7 @@ class Guidance(nn.Module):
         if self.lexical_weight:
             assert words is not None, "checked by the retriever"
             offsets, tokens = words
-            shares = self._token_shares(token_ids[None], torch.tensor([len(token_ids)], device=token_ids.device))[0]
+            shares = self.lexicon.shares(token_ids[None], torch.tensor([len(token_ids)], device=token_ids.device))[0]
             starts = offsets[positions].long()
             counts = offsets[positions + 1].long() - starts
             owner = torch.repeat_interleave(counts)

@@ -28,21 +28,22 @@ from torch import Tensor
 
 from genrecall.config import from_dict, to_dict
 from genrecall.data.catalog import Catalog, load_catalog
-from genrecall.data.interactions import Requests, known_at_split, load_requests
+from genrecall.data.interactions import Requests, known_at_split, load_requests, query_item_pairs
 from genrecall.device import default_device
 from genrecall.encoders.embed import item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.calibration import choose_decoder_weight, weighted_decoder
-from genrecall.generator.examples import Batches
+from genrecall.generator.examples import Batches, PromptBuilder
 from genrecall.generator.generator_config import GeneratorConfig, StageConfig
 from genrecall.generator.lexicon import Lexicon, build_lexicon
 from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.generator.retriever import Retriever
+from genrecall.generator.token_weights import learn_token_weights
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
-from genrecall.sid.index import load_index, load_sid_table, load_trie
+from genrecall.sid.index import SidIndex, load_index, load_sid_table, load_trie
 from genrecall.sid.semantic_id import SidTable
 from genrecall.sid.trie import Trie
 from genrecall.storage import Artifact, Stage, open_artifact
@@ -95,6 +96,16 @@ def _with_lexicon(model: Decoder, lexicon: Lexicon | None) -> Decoder:
     return model
 
 
+def learnt_lexicon(config: GeneratorConfig, lexicon: Lexicon, builder: PromptBuilder, requests: Requests, index: SidIndex) -> Lexicon:
+    """The lexicon with weights learnt from the training requests' clicks on items that `index` publishes, in whose order the lexicon is."""
+    place = np.full(index.num_items, -1, dtype=np.int64)
+    place[index.item_rows] = np.arange(index.num_published)
+    owners, rows, weights = query_item_pairs(requests)
+    kept = place[rows] >= 0
+    queries = builder.query_bank(requests.queries)
+    return learn_token_weights(lexicon, queries, owners[kept], place[rows[kept]], weights[kept], steps=config.guide_weight_steps, seed=config.seed)
+
+
 def sft_loss(
     model: Decoder, token_ids: Tensor, lengths: Tensor, soft: Tensor | None, targets: Tensor, *, support: Literal["level", "trie"], trie: Trie
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,6 +150,8 @@ def _loop(loop_config: dict[str, Any]) -> None:
     model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
     item_vectors = np.load(encoder_artifact.file("item_embeddings.npy"), mmap_mode="r", allow_pickle=False)
     builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known, item_text(catalog))
+    if lexicon is not None and config.guide_weight_steps:
+        _with_lexicon(model, learnt_lexicon(config, lexicon, builder, requests, index))
     data = build_training_data(config, catalog, requests, table, builder, encoder)
     vectors = data.vectors if config.soft_prompt else None
     runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]

@@ -23,9 +23,11 @@ from genrecall.generator.sft import (
     _validate,
     build_decoder,
     learning_rate_schedule,
+    learnt_lexicon,
     sft_loss,
     train_tokenizer,
 )
+from genrecall.generator.token_weights import learn_token_weights
 from genrecall.generator.training_data import NothingToLearnError, Validation, build_training_data, make_prompt_builder
 from genrecall.sid.index import SidIndex
 from genrecall.sid.trie import Trie
@@ -218,8 +220,11 @@ def test_guidance_is_part_of_the_settings(table):
     with pytest.raises(ConfigError, match=r"guide_stemmer: expected one of .*english.*, or none, got 'klingon'"):
         apply_overrides(GeneratorConfig(), ["guide_stemmer=klingon"])
     for switch in ("guided=false", "guide_lexical=0.0"):
-        with pytest.raises(ConfigError, match="guide_stemmer: has no effect with guide"):
-            apply_overrides(GeneratorConfig(), ["guide_stemmer=english", switch])
+        for setting in ("guide_stemmer=english", "guide_weight_steps=5"):
+            with pytest.raises(ConfigError, match=f"{setting.split('=')[0]}: has no effect with guide"):
+                apply_overrides(GeneratorConfig(), [setting, switch])
+    with pytest.raises(ConfigError, match="guide_weight_steps: must not be negative, got -1"):
+        apply_overrides(GeneratorConfig(), ["guide_weight_steps=-1"])
     with pytest.raises(ConfigError, match=r"guide_feedback: must not be negative, got -0\.1"):
         apply_overrides(GeneratorConfig(), ["guide_feedback=-0.1"])
     with pytest.raises(ConfigError, match="guide_feedback: has no effect with guided=false; leave it out"):
@@ -324,6 +329,28 @@ def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table
     for code, rows in ((3, slice(30, 40)), (4, slice(40, 49))):  # item 49 is of kind 4
         mean = vectors[rows].mean(axis=0)
         np.testing.assert_allclose(builder.level1_centroids[code], mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)
+
+
+def test_token_weights_are_learnt_from_clicks_on_what_the_index_publishes(catalog, requests, parts):
+    builder = parts[0]
+    order = np.r_[49:24:-1, 0:24]  # not in the catalogue's order, and without item 24
+    index = SidIndex.build(np.argsort(np.r_[order, 24]), 50, np.zeros(50))
+    index = dataclasses.replace(index, offsets=np.minimum(index.offsets, 49), item_rows=index.item_rows[:49])
+    assert index.item_rows.tolist() == order.tolist()
+    lexicon = build_lexicon(catalog, index.item_rows, builder.tokenizer, np.ones(50, dtype=bool))
+    config = dataclasses.replace(CONFIG, guide_weight_steps=3)
+    found = learnt_lexicon(config, lexicon, builder, requests, index)
+    pairs = [
+        (owner, order.tolist().index(row), 2.0 if row in bought else 1.0)
+        for owner, (clicked, bought) in enumerate(zip(requests.clicked, requests.purchased, strict=True))
+        for row in clicked.tolist()
+        if row != 24
+    ]
+    owners, places, weights = (np.array(column) for column in zip(*pairs, strict=True))
+    wanted = learn_token_weights(lexicon, builder.query_bank(requests.queries), owners, places, weights, steps=3, seed=CONFIG.seed)
+    assert torch.equal(found.token_idf, wanted.token_idf)
+    assert not torch.equal(found.token_idf, lexicon.token_idf)
+    assert torch.equal(found.item_tokens, lexicon.item_tokens)
 
 
 def test_no_text_is_encoded_that_no_example_reads(parts):
