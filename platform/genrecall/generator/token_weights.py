@@ -11,12 +11,16 @@ Shapes: N items, V text tokens, n prompts, P clicked (prompt, item) pairs, B pai
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from genrecall.generator.examples import PromptBank
 from genrecall.generator.lexicon import Lexicon
+
+logger = logging.getLogger(__name__)
 
 PAIRS_A_STEP = 64
 LEARNING_RATE = 0.03
@@ -25,6 +29,8 @@ PENALTY = 1e-4
 
 _FIRST_SCALE = 12.0
 """c at the start."""
+
+_SAID_EVERY = 25
 
 
 def learn_token_weights(
@@ -48,7 +54,7 @@ def learn_token_weights(
     held, correction = lexicon.held(), torch.zeros_like(lexicon.token_idf, requires_grad=True)
     scale = torch.tensor(np.log(_FIRST_SCALE), dtype=torch.float32, requires_grad=True)
     optimizer = torch.optim.Adam([correction, scale], lr=LEARNING_RATE)
-    for _ in range(steps):
+    for step in range(steps):
         drawn = random.choice(len(owners), PAIRS_A_STEP, p=chances)
         token_ids, lengths = prompts.padded(owners[drawn], 0)
         weighted = lexicon._replace(token_idf=lexicon.token_idf * correction.exp())
@@ -58,4 +64,6 @@ def learn_token_weights(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if (step + 1) % _SAID_EVERY == 0:
+            logger.info("token weights: step %d/%d  loss %.4g", step + 1, steps, loss.item())
     return lexicon._replace(token_idf=(lexicon.token_idf * correction.exp()).detach())
