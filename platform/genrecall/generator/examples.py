@@ -19,8 +19,9 @@ Shapes: n texts or prompts, L tokens, d encoder dimensions, K1 level-1 codes, R 
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,14 @@ class PromptBuilder:
         self.level1_centroids = level1_centroids
         self.related_codes = related_codes
         self.spelling = spelling
+
+    def with_words(self, words: Iterable[str]) -> PromptBuilder:
+        """The builder to which these lower-case words are right too; itself where it corrects none."""
+        if self.spelling is None:
+            return self
+        changed = copy.copy(self)
+        changed.spelling = self.spelling.with_words(words)
+        return changed
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json`, `prompts.json` and, where there are centroids and a spelling corrector, `level1_centroids.npy` and `spelling.json`."""

@@ -99,7 +99,7 @@ class Guidance(nn.Module):
 
     @property
     def lexicon(self) -> Lexicon:
-        """The lexicon that is set, in single precision; there is none without words."""
+        """The lexicon that is set, in single precision; to be read only where words guide."""
         return Lexicon(self.item_offsets, self.item_tokens, self.token_idf.float(), self.token_stems)
 
     def lexicon_ids(self, token_ids: NDArray[np.integer]) -> NDArray[np.integer]:
@@ -120,7 +120,10 @@ class Guidance(nn.Module):
     def _item_logits(self, query_vectors: Tensor, token_ids: Tensor, lengths: Tensor, trie: Trie) -> tuple[Tensor, Tensor | None]:
         """s float32 [N, B], which takes half the time of [B, N] and whose sums run over rows; and the query vectors after feedback."""
         vectors = trie.guide_vectors
-        words = self.lexical_weight * (self.lexicon.held() @ self.lexicon.shares(token_ids, lengths).T) if self.lexical_weight else 0.0
+        words: Tensor | float = 0.0
+        if self.lexical_weight:
+            lexicon = self.lexicon
+            words = self.lexical_weight * (lexicon.held() @ lexicon.shares(token_ids, lengths).T)
         logits = self.sharpness * (vectors @ query_vectors.to(vectors.dtype).T) + words
         if not self.feedback:
             return logits, None

@@ -11,7 +11,7 @@ Shapes: R requests, S SIDs, m items of one answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -142,16 +142,17 @@ class Retriever:
         """Whether case, compatibility forms (NFKC) and white space of a query make no difference to the answer."""
         return self.prompt_builder.tokenizer.folds_text and (self.encoder is None or self.encoder.folds_text)
 
-    def with_index(self, index: ServedIndex, filters: FilterCache | None = None) -> Retriever:
+    def with_index(self, index: ServedIndex, filters: FilterCache | None = None, new_words: Iterable[str] = ()) -> Retriever:
         """The same retriever over a changed index, or with other filters, as where stock changed; this one goes on with its own.
 
         Args:
             filters: None: as before, which holds as long as the index has the same base.
+            new_words: of later items, lower-case: where spelling is corrected these are right too.
 
         Raises:
             RetrieverError: as for a new retriever.
         """
-        parts = (self.model, self.prompt_builder, self.trie, index, self.table, self.encoder)
+        parts = (self.model, self.prompt_builder.with_words(new_words), self.trie, index, self.table, self.encoder)
         changed = Retriever(*parts, support=self.support, personalised=self.personalised, filters=self.filters if filters is None else filters)
         changed._graphs = self._graphs
         return changed

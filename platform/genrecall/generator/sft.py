@@ -40,6 +40,7 @@ from genrecall.generator.log_probs import group_log_probs
 from genrecall.generator.model import Decoder
 from genrecall.generator.prompts import Prompts
 from genrecall.generator.retriever import Retriever
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.generator.token_weights import learn_token_weights
 from genrecall.generator.tokenizer import QueryTokenizer
 from genrecall.generator.training_data import Validation, build_training_data, make_prompt_builder
@@ -51,7 +52,7 @@ from genrecall.train_worker import TrainSettings, TrainWorker, cosine_schedule, 
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 3
+ALGORITHM_VERSION = 4
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -94,6 +95,11 @@ def _with_lexicon(model: Decoder, lexicon: Lexicon | None) -> Decoder:
     if lexicon is not None and model.guidance is not None and model.config.guide_lexical:
         model.guidance.set_lexicon(lexicon)
     return model
+
+
+def make_spelling(config: GeneratorConfig, catalog: Catalog, requests: Requests, known: np.ndarray) -> SpellingCorrector | None:
+    """The corrector of a config, or None; nothing is corrected to words of items not in `known` bool [N], which are right all the same."""
+    return SpellingCorrector.of_texts(item_text(catalog), known.tolist(), requests.queries) if config.correct_spelling else None
 
 
 def learnt_lexicon(config: GeneratorConfig, lexicon: Lexicon, builder: PromptBuilder, requests: Requests, index: SidIndex) -> Lexicon:
@@ -149,9 +155,10 @@ def _loop(loop_config: dict[str, Any]) -> None:
     lexicon = build_lexicon(catalog, index.item_rows, tokenizer, known, config.guide_stemmer) if config.guided and config.guide_lexical else None
     model = build_decoder(config, tokenizer, table, encoder.dim, lexicon)
     item_vectors = np.load(encoder_artifact.file("item_embeddings.npy"), mmap_mode="r", allow_pickle=False)
-    builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known, item_text(catalog))
+    builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, table, item_vectors, known, make_spelling(config, catalog, requests, known))
     if lexicon is not None and config.guide_weight_steps:
-        _with_lexicon(model, learnt_lexicon(config, lexicon, builder, requests, index))
+        assert model.guidance is not None, "there is a lexicon"
+        model.guidance.set_lexicon(learnt_lexicon(config, lexicon, builder, requests, index))
     data = build_training_data(config, catalog, requests, table, builder, encoder)
     vectors = data.vectors if config.soft_prompt else None
     runs = [(name, stage, examples) for name, stage, examples in zip(STAGES, config.stages, data.stages, strict=True) if examples is not None]

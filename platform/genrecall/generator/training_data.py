@@ -54,14 +54,14 @@ def make_prompt_builder(
     table: SidTable,
     item_vectors: np.ndarray,
     known: np.ndarray,
-    item_texts: Sequence[str],
+    spelling: SpellingCorrector | None = None,
 ) -> PromptBuilder:
     """The prompt builder of a config.
 
     Args:
         item_vectors: float [N, d], the encoder's, for the related part of histories.
         known: bool [N], items known at the split; the others have no part in it.
-        item_texts: N strings, whose words queries are corrected by.
+        spelling: corrects queries.
     """
     level1 = table.tokens[table.item_sid[known], 0]
     return PromptBuilder(
@@ -73,7 +73,7 @@ def make_prompt_builder(
         soft_prompt=config.soft_prompt,
         related_codes=config.related_codes,
         level1_centroids=level1_centroids(item_vectors[known], level1, table.space.level_sizes[0]),
-        spelling=SpellingCorrector.of_texts(item_texts[row] for row in np.flatnonzero(known).tolist()) if config.correct_spelling else None,
+        spelling=spelling,
     )
 
 

@@ -16,6 +16,7 @@ from genrecall.registry.catalogue_records import ItemRecord
 from genrecall.sid.assign import load_assigner
 
 _SAMPLE = 2048
+_NO_WORDS: frozenset[str] = frozenset()
 
 
 class Fit(NamedTuple):
@@ -28,10 +29,11 @@ class Fit(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where records go, and what a search needs of them: their vectors in `fit`, and their text tokens as its lexicon has them."""
+    """Where records go, and what a search needs of them: their vectors in `fit`, their text tokens as its lexicon has them, and words that its spelling corrector does not know."""
 
     fit: Fit
     tokens: list[NDArray[np.integer]]
+    new_words: list[frozenset[str]]
 
 
 class ItemPlacer:
@@ -50,14 +52,14 @@ class ItemPlacer:
         """Mean squared distance of the latents of a sample of the bundle's items from their codes."""
 
     def place(self, records: Sequence[ItemRecord]) -> Placed:
-        """The places of n records; where spelling is corrected, their words are right ones from then on."""
+        """The places of n records."""
         texts = [compose_item_text(one.title, one.brand, one.category_path, one.text) for one in records]
-        if (spelling := self._retriever.prompt_builder.spelling) is not None:
-            spelling.learn(texts)
         ids, offsets = self._retriever.prompt_builder.tokenizer.encode_batch(texts, LEXICON_TOKENS)
         guidance = self._retriever.model.guidance
         words = ids if guidance is None else guidance.lexicon_ids(ids)
-        return Placed(self.fit(texts, [one.category_path for one in records]), np.split(words, offsets[1:-1]))
+        spelling = self._retriever.prompt_builder.spelling
+        new_words = [_NO_WORDS if spelling is None else spelling.unknown_words(text) for text in texts]
+        return Placed(self.fit(texts, [one.category_path for one in records]), np.split(words, offsets[1:-1]), new_words)
 
     def fit(self, texts: Sequence[str], paths: Sequence[tuple[str, ...]]) -> Fit:
         """Where n items go, by their texts (see `compose_item_text`) and category paths, root first."""

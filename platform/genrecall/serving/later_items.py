@@ -40,7 +40,7 @@ class LaterRows:
     """The rows of later items, as the index has them.
 
     used: bool [m], not replaced by a newer row and not delisted. errors: float32 [m]. unknown: bool [m]. categories, brands: int32 [m], numbers
-    into `Names`. shown: m.
+    into `Names`. shown: m. new_words: m sets of words that the bundle's spelling corrector does not know; empty where it has none.
     """
 
     used: NDArray[np.bool_]
@@ -49,14 +49,15 @@ class LaterRows:
     categories: NDArray[np.int32]
     brands: NDArray[np.int32]
     shown: tuple[ShownItem, ...]
+    new_words: tuple[frozenset[str], ...]
 
     @classmethod
     def none(cls) -> LaterRows:
-        return cls(np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int32), np.zeros(0, np.int32), ())
+        return cls(np.zeros(0, bool), np.zeros(0, np.float32), np.zeros(0, bool), np.zeros(0, np.int32), np.zeros(0, np.int32), (), ())
 
     def with_rows(self, other: LaterRows) -> LaterRows:
         joined: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS}
-        return LaterRows(**joined, shown=self.shown + other.shown)
+        return LaterRows(**joined, shown=self.shown + other.shown, new_words=self.new_words + other.new_words)
 
     def without(self, rows: Sequence[int]) -> LaterRows:
         used = self.used.copy()
@@ -66,7 +67,12 @@ class LaterRows:
     def kept(self) -> LaterRows:
         """The rows in use alone."""
         arrays: dict[str, Any] = {name: getattr(self, name)[self.used] for name in _ARRAYS}
-        return LaterRows(**arrays, shown=tuple(self.shown[row] for row in np.flatnonzero(self.used).tolist()))
+        rows = np.flatnonzero(self.used).tolist()
+        return LaterRows(**arrays, shown=tuple(self.shown[row] for row in rows), new_words=tuple(self.new_words[row] for row in rows))
+
+    def words_in_use(self) -> frozenset[str]:
+        """The new words of the rows in use."""
+        return frozenset().union(*(words for words, used in zip(self.new_words, self.used.tolist(), strict=True) if used and words))
 
 
 @dataclass(frozen=True)

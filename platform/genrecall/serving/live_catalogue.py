@@ -201,11 +201,11 @@ class LiveBundle(Bundle):
         newcomers = [change.record for change, row in zip(latest, known, strict=True) if row < 0 and change.record is not None]
         names = self.names
         if newcomers:
-            (sid_rows, vectors, errors, unknown), tokens = self.placer.place(newcomers)
+            (sid_rows, vectors, errors, unknown), tokens, new_words = self.placer.place(newcomers)
             shown = tuple(map(ShownItem.of, newcomers))
             names = names.with_names(shown)
             later_rows |= {one.item_id: index.num_items + place for place, one in enumerate(newcomers)}
-            later = later.with_rows(LaterRows(np.ones(len(shown), bool), errors, unknown, *names.numbers_of(shown), shown))
+            later = later.with_rows(LaterRows(np.ones(len(shown), bool), errors, unknown, *names.numbers_of(shown), shown, tuple(new_words)))
             index = self._added(index, sid_rows, newcomers, vectors, tokens)
         names = names.with_names(changed[row] for row in judged)
         back = {one for one, flag in flags.items() if flag}
@@ -281,7 +281,7 @@ class LiveBundle(Bundle):
     def _retriever_over(self, index: SegmentedIndex) -> Retriever:
         filters = self.published.retriever.filters
         live = filters if filters is None else LiveFilterCache(filters, self._own_records(index))
-        return self.published.retriever.with_index(index, live)
+        return self.published.retriever.with_index(index, live, self.later.words_in_use())
 
     def _own_records(self, index: SegmentedIndex) -> OwnRecords:
         base, later = index.base, np.flatnonzero(self.later.used).astype(np.int32)

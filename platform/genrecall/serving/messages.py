@@ -212,7 +212,9 @@ class RecallResponse(Message):
         "history: none of its items is known, or the generator does not read it",
     )
     read_as: str | None = Field(
-        default=None, description="the query with its spelling corrected; only where the request asks to explain and there was something to correct"
+        default=None,
+        description="the query with its spelling corrected, as it became tokens (the encoder reads what was typed); only where the request asks to explain and there was "
+        "something to correct",
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from genrecall.data.catalog import load_catalog
 from genrecall.data.interactions import load_requests
 from genrecall.data.schema import ITEMS, REQUESTS
-from genrecall.encoders.embed import embed_catalog, item_text, load_item_embeddings
+from genrecall.encoders.embed import embed_catalog, load_item_embeddings
 from genrecall.encoders.text_encoder import load_encoder, save_towers
 from genrecall.encoders.towers import NgramTowers
 from genrecall.generator.examples import PromptBuilder
@@ -169,7 +169,7 @@ def line(tmp_path_factory: pytest.TempPathFactory, make_dataset: Callable[..., A
         tokenizer = train_tokenizer(config, catalog, load_requests(dataset, "train", catalog))
         lexicon = build_lexicon(catalog, load_index(indexes[variant].path).item_rows, tokenizer, np.ones(30, dtype=bool)) if config.guided else None
         models[variant] = model = build_decoder(config, tokenizer, loaded, 16, lexicon)
-        builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, embeddings, np.ones(30, dtype=bool), item_text(catalog))
+        builder = make_prompt_builder(config, tokenizer, model.config.level_offsets, loaded, embeddings, np.ones(30, dtype=bool))
 
         def fill_generator(folder: Path, model: Decoder = model, builder: PromptBuilder = builder, support: str = config.support) -> None:
             builder.save(folder)

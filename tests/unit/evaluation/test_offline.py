@@ -61,7 +61,7 @@ def test_where_our_channel_corrects_queries_bm25_is_measured_with_corrected_ones
     slip = f"{typed}q"
     data.requests.queries[0] = data.requests.queries[0].replace(typed, slip)
     ours = [np.zeros((len(requests), CONFIG.depth), dtype=np.int32) for requests in (data.requests, data.validation)]
-    spelling = SpellingCorrector.of_texts(document_texts(data.catalog) * 3)
+    spelling = SpellingCorrector.of_texts(document_texts(data.catalog) * 3, [True] * 3 * len(data.catalog))
     channels = build_channels(CONFIG, data, line.encoder, *ours, spelling)
     bm25 = Bm25(document_texts(data.catalog), k1=CONFIG.bm25_k1, b=CONFIG.bm25_b)
     wanted = bm25.search([data.requests.queries[0].replace(slip, typed), *data.requests.queries[1:]], CONFIG.depth)[0]

@@ -123,7 +123,7 @@ def test_unequal_lengths_are_refused():
 
 
 def test_misspelt_queries_become_the_tokens_of_the_right_words():
-    spelling = SpellingCorrector.of_texts(["shower faucet"] * 3)
+    spelling = SpellingCorrector({"shower": 3, "faucet": 3})
     queries = ["shwoer FAUCT", "angle"]
     assert rows_of(builder(spelling=spelling).query_prompts(queries)) == [[QUERY, *SHOWER, ANSWER], [QUERY, *ANGLE, ANSWER]]
     nobody = [[None] * 2, [None] * 2, [np.zeros((0, 3))] * 2]
@@ -132,7 +132,7 @@ def test_misspelt_queries_become_the_tokens_of_the_right_words():
 
 
 def test_saved_builder_reads_back(tmp_path):
-    first = builder(level1_centroids=np.eye(3, dtype=np.float32), max_query_tokens=7, spelling=SpellingCorrector.of_texts(["angle"] * 3))
+    first = builder(level1_centroids=np.eye(3, dtype=np.float32), max_query_tokens=7, spelling=SpellingCorrector({"angle": 3}))
     first.save(tmp_path)
     again = PromptBuilder.load(tmp_path)
     assert (again.max_query_tokens, again.max_history, again.soft_prompt, again.level_offsets.tolist()) == (7, 2, False, list(OFFSETS))

@@ -24,6 +24,7 @@ from genrecall.generator.sft import (
     build_decoder,
     learning_rate_schedule,
     learnt_lexicon,
+    make_spelling,
     sft_loss,
     train_tokenizer,
 )
@@ -63,7 +64,7 @@ def parts(catalog, requests, table, encoder):
     tokenizer = train_tokenizer(CONFIG, catalog, requests)
     model = build_decoder(CONFIG, tokenizer, table, encoder.dim)
     vectors, known = encoder.encode_items(catalog.titles), np.ones(50, dtype=bool)
-    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, vectors, known, item_text(catalog))
+    builder = make_prompt_builder(CONFIG, tokenizer, model.config.level_offsets, table, vectors, known)
     return builder, build_training_data(CONFIG, catalog, requests, table, builder, encoder)
 
 
@@ -321,14 +322,23 @@ def test_items_first_seen_after_the_split_teach_nothing(catalog, requests, table
     assert set(stage1.target_sids.tolist()) == set(range(49))
     assert known_at_split(catalog, requests).all()
     vectors = encoder.encode_items(catalog.titles)
-    correcting, texts = dataclasses.replace(CONFIG, correct_spelling=True), [*catalog.titles[:49], "lantern"]
-    builder = make_prompt_builder(correcting, parts[0].tokenizer, (0, 5, 15), table, vectors, known_at_split(later, requests), texts)
-    assert builder.spelling is not None
-    assert builder.spelling.corrected("fauset lanterm") == "faucet lanterm"
-    assert parts[0].spelling is None
+    builder = make_prompt_builder(CONFIG, parts[0].tokenizer, (0, 5, 15), table, vectors, known_at_split(later, requests))
     for code, rows in ((3, slice(30, 40)), (4, slice(40, 49))):  # item 49 is of kind 4
         mean = vectors[rows].mean(axis=0)
         np.testing.assert_allclose(builder.level1_centroids[code], mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)
+
+
+def test_queries_are_corrected_by_known_items_words_alone_but_all_items_words_are_right(catalog, requests):
+    titles = [*catalog.titles[:47], "lantern", "lantern", "lantern"]
+    renamed = dataclasses.replace(catalog, titles=titles)
+    correcting = dataclasses.replace(CONFIG, correct_spelling=True)
+    everything = make_spelling(correcting, renamed, requests, np.ones(50, dtype=bool))
+    assert everything.corrected("fauset lanterm lantern") == "faucet lantern lantern"
+    split = make_spelling(correcting, renamed, requests, np.arange(50) < 47)
+    assert split.corrected("fauset lanterm lantern") == "faucet lanterm lantern"
+    assert make_spelling(CONFIG, catalog, requests, np.ones(50, dtype=bool)) is None
+    said = dataclasses.replace(requests, queries=[f"fauset {row % 5}" for row in range(len(requests.queries))])
+    assert make_spelling(correcting, catalog, said, np.ones(50, dtype=bool)).corrected("fauset drlil") == "fauset drill"
 
 
 def test_token_weights_are_learnt_from_clicks_on_what_the_index_publishes(catalog, requests, parts):

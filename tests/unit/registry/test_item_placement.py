@@ -74,17 +74,12 @@ def test_newcomers_words_are_the_tokens_that_the_lexicon_counts(untrained_line):
     assert placer.place([record]).tokens[0].tolist() == [ids[1], *ids[1:]]
 
 
-def test_newcomers_words_are_no_slips_any_more(untrained_line):
-    builder = load_bundle(untrained_line().path).retriever.prompt_builder
+def test_newcomers_bring_the_words_that_the_spelling_corrector_does_not_know(untrained_line):
     bundle = load_bundle(untrained_line().path)
+    records = [ItemRecord(item_id="n0", title="Brackex bracket 9"), ItemRecord(item_id="n1", title="bracket")]
+    assert ItemPlacer(bundle).place(records).new_words == [frozenset()] * 2
     bundle.retriever.prompt_builder.spelling = SpellingCorrector({"bracket": 3})
-    assert builder.spelling is None
-    placer = ItemPlacer(bundle)
-    read = bundle.retriever.prompt_builder.query_bank
-    placer.place([ItemRecord(item_id="n0", title="chrome faucet")])
-    assert read(["brackex"]).ids.tolist() == read(["bracket"]).ids.tolist()
-    placer.place([ItemRecord(item_id="n1", title="Brackex lamp")])
-    assert read(["brackex"]).ids.tolist() == builder.query_bank(["brackex"]).ids.tolist()
+    assert ItemPlacer(bundle).place(records).new_words == [{"brackex"}, frozenset()]
 
 
 def test_alarms_are_those_of_live_drift_and_sids_that_were_oversize_before_are_not_counted():
