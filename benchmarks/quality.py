@@ -81,7 +81,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "generator.stage2.steps=500",
             "generator.stage3.steps=150",
         ),
-        "tiny": ("generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
+        "tiny": ("generator.guide_weight_steps=0", "generator.stage1.steps=20", "generator.stage2.steps=20", "generator.stage3.steps=20"),
     },
     "large": {"marketplace": ("quantizer.level_sizes=[256,8,8]", *_LARGE)},
     "large_paper": {"marketplace": ("quantizer.level_sizes=[2048,1024,1024]", "train.use_gpu=true", *_LARGE)},

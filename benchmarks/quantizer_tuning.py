@@ -2,7 +2,7 @@
 
     python benchmarks/quantizer_tuning.py [--datasets marketplace amazon_scientific] [--seeds 0] [--settings ...] [--collect-only]
 
-RQ-VAE gets as many tries as CQ-SID's gamma, with what it has itself: learning rate, steps, commitment, width of the
+RQ-VAE gets more tries than CQ-SID's gamma, with what it has itself: learning rate, steps, commitment, width of the
 latents. What helps it is tried with CQ-SID too, and was taken over by both in the experiment `sids` of quality.py: latents of 128, where the settings
 below start from 64. Gammas are tried with those. Everything else is that experiment: its data, books, encoder and generator, of which stages 1 and 2 are trained, since the query
 alone is searched with. Settings are compared by clk@N and hit@items of validation requests, paired; the test requests are not read.
@@ -172,7 +172,8 @@ def collect(dataset: str, table: str, seeds: Sequence[int], root: Path) -> list[
 def pairs(table: str, names: Sequence[str]) -> list[tuple[str, str]]:
     """(row, base) of the gains.
 
-    Of RQ-VAE's tuning: every setting over RQ-VAE's own, CQ-SID over every RQ-VAE, its other settings over its own and over RQ-VAE under the same change. Of gamma: all over RQ-VAE and over none.
+    Of RQ-VAE's tuning: every setting over RQ-VAE's own, CQ-SID over every RQ-VAE, its other settings over its own and over RQ-VAE under the same change.
+    Of gamma: all over RQ-VAE and over none.
     """
     first = TABLES[table][0]
     found = [(name, first) for name in names if name != first]

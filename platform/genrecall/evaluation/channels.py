@@ -26,7 +26,8 @@ HYBRIDS = {
     "rrf_bm25_corrected_dense": ("bm25_corrected", "dense"),
     "rrf_all_corrected": ("bm25_corrected", "dense", "generative"),
 }
-"""Of which channels. Where our channel corrects the spelling of queries, BM25 is measured with corrected queries too, alone and in hybrids: what else our channel adds."""
+"""Of which channels. Where our channel corrects the spelling of queries, BM25 is measured with corrected queries too, alone and in hybrids:
+what else our channel adds."""
 
 
 @dataclass(frozen=True)

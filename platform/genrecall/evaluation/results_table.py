@@ -140,13 +140,16 @@ def meaning(metrics: Mapping[str, Any]) -> str:
         verdict = f"adding the generative channel to BM25 + dense lowers recall@{at}, by {show_gain(gain)}: behind, the interval lies below zero; give the channel less weight or train it longer."
     else:
         verdict = f"adding the generative channel to BM25 + dense changes recall@{at} by {show_gain(gain)}: no gain is proven, the interval holds zero."
+    beside = find(metrics, "channels", "rrf_all_corrected", f"recall@{at}_gain_vs_rrf_bm25_corrected_dense")
+    if beside is not None and beside["value"] is not None:
+        found += f" Where BM25 reads queries with their spelling corrected too, the gain is {show_gain(beside)}."
     return "What it means: " + verdict + found
 
 
 def gain_records(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, list[Record]]]:
     """The gains worth showing: (table, row, base, records)."""
     recalls, variants = channel_metrics(metrics)[:2], variant_metrics(metrics)
-    channels = (("rrf_all", "rrf_bm25_dense"), ("generative", "dense"), ("generative", "guidance"))
+    channels = (("rrf_all", "rrf_bm25_dense"), ("rrf_all_corrected", "rrf_bm25_corrected_dense"), ("generative", "dense"), ("generative", "guidance"))
     wanted = [("channels", row, base, recalls) for row, base in channels]
     main = metrics["main"]
     for table in ("semantic", "personalised"):

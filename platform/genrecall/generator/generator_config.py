@@ -43,13 +43,15 @@ class GeneratorConfig:
             query and item share (0: not at all).
         guide_stemmer: Snowball's name of the catalogue's language, e.g. "english": words of one stem are the same word there; "" compares them as they are.
         guide_feedback: how far a query's vector is moved there towards the items that it finds first (0: not at all).
-        guide_weight_steps: steps in which the tokens' weights are learnt from the clicks of training queries, see `token_weights.py`; 0: they are worth their idf.
+        guide_weight_steps: steps in which the weights of tokens are learnt from the clicks of training queries, see `token_weights.py`; 0: they
+            are worth their idf.
         correct_spelling: correct the words of a query by those of the catalogue before they become tokens, see `spelling.py`.
         targets_per_query: SIDs sampled for an example in stages 2 and 3.
         short_text_share: share of stage-1 examples that are short texts in query form; the rest are titles, half of them corrupted.
         stage2_item_fraction: share of stage-2 examples that are stage 1's.
         stage3_query_fraction: share of stage-3 examples that are stage 2's.
-        corrupted_query_fraction: share of query examples (stage 2) and of copied requests (stage 3) with words dropped or misspelt.
+        corrupted_query_fraction: share of query examples (stage 2) and of copied requests (stage 3) with words dropped or misspelt; what is
+            misspelt is corrected again before it becomes tokens where `correct_spelling` is on.
         query_vector_drop: in training a query's vector is that of a copy of it, with each word missing (and misspelt) at this rate, while its tokens
             stay whole; 0: its own vector, which the encoder knows by heart.
         query_frequency_power: a query is drawn in proportion to its clicked requests to this power.

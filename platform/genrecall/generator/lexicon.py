@@ -25,8 +25,8 @@ LEXICON_TOKENS = 128
 class Lexicon(NamedTuple):
     """Which text tokens each item holds, and what a token is worth.
 
-    item_offsets: int32 [N + 1]. item_tokens: int32 [E], distinct within an item, ascending. token_idf: float32 [V], 0 for a token that no item holds; a token's idf, or
-    what `token_weights` made of it. token_stems: int32 [V], the token that each one counts as; the rest is in terms of those.
+    item_offsets: int32 [N + 1]. item_tokens: int32 [E], distinct within an item, ascending. token_idf: float32 [V], a token's idf or what
+    `token_weights` made of it, 0 for one that no item holds. token_stems: int32 [V], the token that each one counts as; the rest is in terms of those.
     """
 
     item_offsets: Tensor
@@ -43,7 +43,13 @@ class Lexicon(NamedTuple):
         counted: NDArray[np.bool_],
         stems: NDArray[np.int32] | None = None,
     ) -> Lexicon:
-        """From the token ids of N items' texts, one after the other, `offsets` [N + 1]; frequencies are those of the items `counted` [N]; `stems` as `token_stems`, None: each token counts as itself."""
+        """From the token ids of N items' texts.
+
+        Args:
+            ids: int, one text after the other; offsets: int [N + 1].
+            counted: bool [N], items that frequencies are of.
+            stems: as `token_stems`; None: each token counts as itself.
+        """
         stems = np.arange(vocab_size, dtype=np.int32) if stems is None else stems
         ids = stems[ids]
         owner = np.repeat(np.arange(len(offsets) - 1, dtype=np.int64), np.diff(offsets))
@@ -78,7 +84,13 @@ class Lexicon(NamedTuple):
 
 
 def build_lexicon(catalog: Catalog, item_rows: np.ndarray, tokenizer: QueryTokenizer, counted: np.ndarray, stemmer: str = "") -> Lexicon:
-    """The lexicon of the items int [N] in the index's order; token frequencies are those of the catalogue rows marked in `counted` [N]; `stemmer`: see `GeneratorConfig`."""
+    """The lexicon of a catalogue.
+
+    Args:
+        item_rows: int [N], the items in the index's order.
+        counted: bool, catalogue rows whose texts the tokens' frequencies are of.
+        stemmer: see `GeneratorConfig.guide_stemmer`.
+    """
     texts = item_text(catalog)
     ids, offsets = tokenizer.encode_batch([texts[row] for row in item_rows], LEXICON_TOKENS)
     return Lexicon.build(ids, offsets, tokenizer.vocab_size, counted[item_rows], token_stems(tokenizer, stemmer) if stemmer else None)

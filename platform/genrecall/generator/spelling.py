@@ -1,9 +1,9 @@
 """Misspelt words of a query, corrected by the catalogue's own words before the query becomes tokens.
 
-A query's word counts as misspelt where no item's text holds it and hardly a training query does. Three things are tried, in this order: a word one slip away, two words
-written as one, a word two slips away; a slip is a missing, added or wrong letter, or two neighbours swapped (optimal string alignment distance). Among
-equals the word that more items hold wins. Words of few letters, words with digits (model numbers) and scripts other than Latin, Greek and
-Cyrillic are left alone.
+A query's word counts as misspelt where no item's text holds it and hardly a training query does. Three things are tried, in this order: a word one
+slip away, two words written as one, a word two slips away; a slip is a missing, added or wrong letter, or two neighbours swapped (optimal string
+alignment distance). Among equals the word that more items hold wins. Words of few letters, words with digits (model numbers) and scripts other than
+Latin, Greek and Cyrillic are left alone.
 
 The encoder reads what was typed: its character n-grams bridge slips by themselves.
 """

@@ -1,8 +1,11 @@
 """What a token is worth when query and item share it, learnt from clicks: its idf, corrected.
 
-idf takes a rare token for a telling one. In queries the rare ones are often slips' pieces, and "inch" or "for" say little however few titles have them, while brands and the nouns that
-name the thing say more. With u(w) = idf(w) * exp d(w) and the share that an item holds of the query's mass of u, p(i | q) ~ exp(c * share) over all items; d and c are fitted to the clicks of
-the training queries, a pass or so over them from d = 0, with a penalty on d^2, so that a token hardly seen keeps its idf. The encoder has no part in it: it knows the training queries by heart.
+idf takes a rare token for a telling one. In queries the rare ones are often slips' pieces, and "inch" or "for" say little however few titles have them,
+while brands and the nouns that name the thing say more. With u(w) = idf(w) * exp d(w) and the share that an item holds of the query's mass of u,
+p(i | q) ~ exp(c * share) over all items; d and c are fitted to clicks on training queries from d = 0, with a small penalty on d^2. About one pass over
+the queries is enough; more fits tokens that hardly a query has. The encoder has no part in it: it knows the training queries by heart.
+
+Every training worker learns the same weights from the same draws on its CPU; the first one's are saved.
 
 Source: term weights learnt from relevance (arXiv:1910.10687), here one weight a token, by the likelihood of the clicked item.
 
@@ -40,9 +43,9 @@ def learn_token_weights(
 
     Args:
         lexicon: on the CPU, with the tokens' idf.
-        prompts: n training queries.
-        owners: int [P], the prompt of each pair. items: int [P], its clicked item's place in the lexicon. weights: float [P], graded feedback. Each prompt with a pair is drawn
-            as often as any other, its items in proportion to their weights.
+        prompts: n training requests' queries, repeated ones as often as they were asked.
+        owners: int [P], the prompt of each pair. items: int [P], its clicked item's place in the lexicon. weights: float [P], graded feedback.
+            Each prompt with a pair is drawn as often as any other, its items in proportion to their weights.
         steps: of `PAIRS_A_STEP` pairs each. Without a pair nothing is learnt.
     """
     if not len(owners):

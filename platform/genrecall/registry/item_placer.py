@@ -29,7 +29,8 @@ class Fit(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where records go, and what a search needs of them: their vectors in `fit`, their text tokens as its lexicon has them, and words that its spelling corrector does not know."""
+    """Where records go, and what a search needs of them: their vectors in `fit`, their text tokens as its lexicon has them, and the words that its
+    spelling corrector does not know."""
 
     fit: Fit
     tokens: list[NDArray[np.integer]]

@@ -15,6 +15,7 @@ from genrecall.encoders.embed import compose_item_text
 from genrecall.encoders.text_encoder import load_encoder
 from genrecall.generator.model import Decoder
 from genrecall.generator.retriever import Retriever
+from genrecall.generator.spelling import SpellingCorrector
 from genrecall.quantization.residual_quantizer import load_quantizer
 from genrecall.registry.bundle import load_bundle
 from genrecall.registry.catalogue_log import CatalogueLog, CatalogueLogError
@@ -39,7 +40,11 @@ def record(item_id, title="chrome angle bracket", category=("Home", "angle brack
 
 @pytest.fixture(scope="module")
 def bundle(untrained_line):
-    return load_bundle(untrained_line().path, verify=False)
+    """Its spelling corrector knows no lamp, so that newcomers bring words, and two words that these are a slip away from."""
+    made = load_bundle(untrained_line().path, verify=False)
+    titles = [title for title in made.items.column("title").to_pylist() if "lamp" not in title]
+    made.retriever.prompt_builder.spelling = SpellingCorrector.of_texts([*titles, *["bolt", "lump"] * 3], [True] * (len(titles) + 6))
+    return made
 
 
 @pytest.fixture
@@ -284,6 +289,18 @@ def test_any_history_ends_where_the_newest_records_say_however_it_is_followed(bu
     assert one.sids == other.sids
     assert one.versions == other.versions
     assert live.drift == late.drift
+    in_use = any(one.startswith("n") and "lamp" in title for one, (title, _, _) in shop.items())  # published items keep their words
+    for state in (live, late):
+        assert answer(state, "bold lamp", explain=True).read_as == (None if in_use else "bolt lump")
+
+
+def test_a_newcomers_words_are_right_as_long_as_it_is_there_and_a_batch_under_way_goes_on_with_its_own(bundle, log):
+    before = LiveBundle.over(bundle)
+    log.append([record("n0", "brass lamp")])
+    during = before.caught_up(log)
+    log.append([], ["n0"])
+    after = during.caught_up(log)
+    assert [answer(state, "lamp", explain=True).read_as for state in (before, during, after)] == ["lump", None, "lump"]
 
 
 def test_rows_that_updates_left_behind_are_freed(bundle, log, monkeypatch):
