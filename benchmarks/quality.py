@@ -77,6 +77,7 @@ TASKS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "amazon_scientific": (
             "quantizer.level_sizes=[256,8,8]",
             "quantizer.latent_dim=128",
+            "quantizer.gamma=0.2",
             "generator.stage1.steps=200",
             "generator.stage2.steps=500",
             "generator.stage3.steps=150",
